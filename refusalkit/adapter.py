@@ -1,0 +1,89 @@
+"""Describe where an architecture writes its residual stream, as data.
+
+An adapter names modules and weights; it runs nothing. The engine reads it to place interventions, the weight edit to
+find every matrix that writes the stream, and the laws in `refusalkit.testing` to check it:
+`resid_pre + attn_out + mlp_out == resid_post` at every layer. A path is what follows the model, or the block, in
+attribute notation: `model.layers`, `self_attn.o_proj.weight`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Name a weight or bias whose rows or columns land in the residual stream."""
+
+    path: str
+    """Path from the block to the parameter."""
+    axis: int = 0
+    """The axis of length d_model: 0 for the weight of a `Linear` ([out, in]), -1 for a bias."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Name a norm that stands between the matrices and the residual stream (Gemma 2 and 3, OLMo 2)."""
+
+    path: str
+    """Path from the block to the norm's weight."""
+    offset: float = 0.0
+    """What the norm adds to its weight before it multiplies: 1.0 in Gemma, which stores the gain minus one."""
+
+
+@dataclass(frozen=True)
+class Write:
+    """Describe one addition a block makes to the residual stream."""
+
+    output: str
+    """Path from the block to the module whose output is added, after any norm that stands behind the projection."""
+    matrices: tuple[Matrix, ...]
+    """Every parameter behind that output. One that a block lacks (a bias that is switched off) is passed over only
+    when `Matrix.path` ends in `bias`."""
+    gain: Gain | None = None
+    """The norm between the matrices and the stream, if there is one."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Say how the checkpoints of a family talk, as far as measuring a refusal needs it."""
+
+    openers: tuple[str, ...] = ("I",)
+    """The texts that open this family's refusals; turned into token ids with the tokenizer at hand."""
+    thinking: str | None = None
+    """The chat-template variable that switches a thinking mode, where the family has one."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Describe an architecture: which checkpoints it is for and where they write the residual stream."""
+
+    name: str
+    architectures: tuple[str, ...]
+    """Values of `config.architectures` that this adapter is for."""
+    attention: Write
+    mlp: Write
+    model_ids: tuple[str, ...] = ()
+    """Lower-case patterns (`*yi-*`) that narrow the match to some checkpoints; an adapter that matches one of its
+    patterns goes before an adapter that has none."""
+    embedding: str = "model.embed_tokens"
+    blocks: str = "model.layers"
+    final_norm: str = "model.norm"
+    unembedding: str = "lm_head"
+    family: Family = field(default_factory=Family)
+    inexact: str | None = None
+    """Why no weight edit equals directional ablation here; None claims that they are equal (after untying)."""
+
+    def matches(self, architecture: str, model_id: str) -> int:
+        """Rank the match: 0 for none, 1 for the architecture, 2 for the architecture and the model id."""
+        if architecture not in self.architectures:
+            return 0
+        if not self.model_ids:
+            return 1
+        return 2 if any(fnmatch(model_id.lower(), pattern) for pattern in self.model_ids) else 0
+
+    @property
+    def writes(self) -> tuple[Write, Write]:
+        """The two writes of a block, in forward order."""
+        return (self.attention, self.mlp)

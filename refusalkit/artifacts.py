@@ -1,0 +1,222 @@
+"""Define what each stage leaves behind: frozen values that are written once and read by everything after.
+
+`prompts -> PromptSplits`, `capture -> Activations`, `find -> Candidates`, `select -> Choice`,
+`evaluate -> Evaluation`. Fields that are tensors go to safetensors, the rest to JSON; `refusalkit.store` does both.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from torch import Tensor
+
+from refusalkit.intervention import Site
+from refusalkit.metric import Side
+
+Split = Literal["train", "validation", "test"]
+
+# JSON has no not-a-number: it is written as null and read back as NaN where a number must stand.
+MaybeNaN = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
+
+
+class Frozen(BaseModel):
+    """Forbid unknown fields and changes."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, ser_json_inf_nan="null", protected_namespaces=()
+    )
+
+
+class Artifact(Frozen):
+    """Leave a stage's result behind."""
+
+    stage: ClassVar[str]
+
+
+class FilterCount(Frozen):
+    """Count what the refusal-score filter kept of one split."""
+
+    side: Side
+    split: Split
+    kept: int
+    of: int
+    mean_score: float
+    """Mean refusal score before the filter, in nats."""
+
+
+class Template(Frozen):
+    """Describe how instructions are rendered: what stands before and after them, in this tokenizer's tokens."""
+
+    hash: str
+    """SHA-256 of the chat template and the options it is rendered with."""
+    prefix: str
+    """The text before the instruction; a default system prompt shows here."""
+    suffix: str
+    """The text after the instruction, up to where the answer starts."""
+    suffix_tokens: tuple[str, ...]
+    """The tokens of the suffix: the `post_instruction` positions, left to right."""
+
+
+class Openers(Frozen):
+    """Say which tokens count as opening a refusal, and why these."""
+
+    texts: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    source: Literal["recipe", "family", "found"]
+    reason: str
+    """One sentence for the report."""
+
+
+class PromptSplits(Artifact):
+    """Hold the prompts of both sides and every split, after the filter, and how they are rendered."""
+
+    stage = "prompts"
+
+    harmful: dict[Split, tuple[str, ...]]
+    harmless: dict[Split, tuple[str, ...]]
+    positions: tuple[int, ...]
+    """The positions to capture: negative, counted from the end of the rendered prompt, ascending."""
+    position_tokens: tuple[str, ...]
+    """The token at each position, or `…` where it differs from prompt to prompt."""
+    template: Template
+    openers: Openers
+    filtered: tuple[FilterCount, ...] = ()
+    """What the filter did; empty when it is off."""
+    duplicates_dropped: int = 0
+
+    def of(self, side: Side, split: Split) -> tuple[str, ...]:
+        """Return the prompts of one side and split."""
+        return (self.harmful if side == "harmful" else self.harmless)[split]
+
+
+class Activations(Artifact):
+    """Hold the residual stream of the training prompts."""
+
+    stage = "capture"
+
+    site: Site
+    positions: tuple[int, ...]
+    harmful_mean: Tensor
+    """[position, layer, d_model] float64."""
+    harmless_mean: Tensor
+    """[position, layer, d_model] float64."""
+    n_harmful: int
+    n_harmless: int
+    harmful_samples: Tensor | None = None
+    """[prompt, position, layer, d_model] float32, where the strategy needs them."""
+    harmless_samples: Tensor | None = None
+
+
+class Candidates(Artifact):
+    """Hold the directions found."""
+
+    stage = "find"
+
+    strategy: str
+    site: Site
+    positions: tuple[int, ...]
+    directions: Tensor
+    """[position, layer, d_model] or [position, layer, rank, d_model] float64, as found (not normalised)."""
+
+
+class ScoreRow(Frozen):
+    """Hold one candidate's scores; null where it was not scored, and `status` says why."""
+
+    position: int
+    layer: int
+    refusal_score: float | None
+    induced_score: float | None
+    kl_nats: float | None
+    status: str
+    """`chosen`, `survivor`, or the reason it fell."""
+    extra: dict[str, float] = Field(default_factory=dict)
+
+
+class Choice(Artifact):
+    """Hold the selected direction and every score that led to it."""
+
+    stage = "select"
+
+    selector: str
+    position: int
+    layer: int
+    direction: Tensor
+    """[d_model] or [rank, d_model] float64, as found."""
+    scores: tuple[ScoreRow, ...]
+    baseline_refusal_score: float
+    baseline_harmless_score: float
+
+    @property
+    def chosen(self) -> ScoreRow:
+        """The scores of the choice."""
+        return next(row for row in self.scores if row.status == "chosen")
+
+    @property
+    def n_survivors(self) -> int:
+        """How many candidates passed every filter, the chosen one included."""
+        return sum(row.status in ("chosen", "survivor") for row in self.scores)
+
+
+class Result(Frozen):
+    """Hold one number of the evaluation with its 95% interval."""
+
+    intervention: str
+    """The label: `none`, `ablate`, `steer(scale=-1.0)`, `ablate_random` for a control."""
+    prompts: Side
+    metric: str
+    value: MaybeNaN
+    low: MaybeNaN
+    high: MaybeNaN
+    n: int
+    """How many prompts the number rests on; those without a value are not counted."""
+    unit: str
+    kind: Literal["rate", "mean"]
+
+
+class Generated(Frozen):
+    """Hold the greedy completions of one side's test prompts under one intervention."""
+
+    intervention: str
+    prompts: Side
+    texts: tuple[str, ...]
+    refused: tuple[bool, ...] | None = None
+    """Whether each is a refusal by the first rate metric over completions; null where none was asked for."""
+
+
+class Separation(Frozen):
+    """Show how one side's test prompts lie along the direction, layer by layer, in the unmodified model."""
+
+    prompts: Side
+    mean: tuple[float, ...]
+    """[layer] mean over prompts of the cosine between resid_pre and the direction at the chosen position."""
+    low: tuple[float, ...]
+    """[layer] the 5th percentile."""
+    high: tuple[float, ...]
+    """[layer] the 95th percentile."""
+
+
+class WeightEdit(Frozen):
+    """Report a weight edit and how far it is from the same ablation of the activations."""
+
+    label: str
+    edited: tuple[str, ...]
+    """Names of the parameters that were changed."""
+    untied: bool
+    """Whether the unembedding had to be untied from the embedding first."""
+    claim: str | None
+    """Why the edit is not equivalent to ablation on this architecture; null where it is claimed to be."""
+    max_logit_gap: float
+    """Largest difference of last-position logits to activation ablation over the test prompts, over the standard
+    deviation of the logits."""
+
+
+class Evaluation(Artifact):
+    """Hold what the interventions did to the held-out test prompts."""
+
+    stage = "evaluate"
+
+    results: tuple[Result, ...]
+    generated: tuple[Generated, ...]
+    separation: tuple[Separation, ...]
+    weight_edits: tuple[WeightEdit, ...] = ()

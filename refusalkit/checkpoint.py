@@ -1,0 +1,161 @@
+"""Find a checkpoint and read what it says of itself, without loading a weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refusalkit.adapter import Adapter
+from refusalkit.errors import InputError
+from refusalkit.recipe import ModelSection
+from refusalkit.registry import Registry, nearest
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Hold a checkpoint's configuration and tokenizer, and the adapter that fits it."""
+
+    section: ModelSection
+    source: str
+    """What `from_pretrained` is given: a folder or a hub name."""
+    revision: str
+    """The hub commit, or a hash of the folder's files."""
+    config: Any
+    tokenizer: Any
+    adapter: Adapter
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the configuration that describes the language model."""
+        return self.config.get_text_config()
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return int(self.text_config.num_hidden_layers)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.text_config.hidden_size)
+
+    @property
+    def d_vocab(self) -> int:
+        """Number of tokens."""
+        return int(self.text_config.vocab_size)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype to load in: the recipe's, or the checkpoint's own, or float32 for the embedded models."""
+        if self.section.dtype != "auto":
+            return self.section.dtype
+        if self.section.id.startswith("tiny:"):
+            return "float32"
+        return str(getattr(self.text_config, "dtype", None) or "float32").removeprefix("torch.")
+
+    @property
+    def architecture(self) -> str:
+        """The model class the checkpoint names."""
+        return _architecture(self.config)
+
+
+def open_checkpoint(section: ModelSection, registry: Registry) -> Checkpoint:
+    """Read the configuration and tokenizer that a recipe's `model` section names, and resolve the adapter.
+
+    Raises `InputError` when there is no such model, it cannot be read, or no adapter fits it.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    source = _source(section)
+    where = f"model.id {section.id!r}"
+    options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        adapter = _resolve(section, config, registry)
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **options)
+    except (OSError, ValueError) as error:
+        raise InputError(_first_line(error), where=where, hint=_how_to_name(section)) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Checkpoint(section, source, _revision(source, config), config, tokenizer, adapter)
+
+
+def _source(section: ModelSection) -> str:
+    scheme, _, family = section.id.partition(":")
+    if scheme == "tiny":
+        from refusalkit import tiny
+
+        return str(tiny.checkpoint(family))
+    path = Path(section.id).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(
+                "the folder has no config.json", where=f"model.id {section.id!r}", hint="name a checkpoint's folder"
+            )
+        return str(path)
+    if section.id.startswith((".", "/", "~")) or path.is_file():
+        raise InputError("there is no such folder", where=f"model.id {section.id!r}", hint=_how_to_name(section))
+    return section.id
+
+
+def _how_to_name(section: ModelSection) -> str:
+    return (
+        "name a folder with a config.json, a model hub name you can reach (with no network: one that is cached), "
+        "or an embedded model such as tiny:llama"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"cannot be read: {str(error).strip().splitlines()[0]}" if str(error).strip() else "cannot be read"
+
+
+def _architecture(config: Any) -> str:
+    names = getattr(config, "architectures", None) or []
+    return str(names[0]) if names else f"{config.model_type} (the configuration names no architecture)"
+
+
+def _resolve(section: ModelSection, config: Any, registry: Registry) -> Adapter:
+    architecture = _architecture(config)
+    if section.adapter is not None:
+        if section.adapter not in registry.adapters:
+            raise InputError(
+                f"no adapter is called {section.adapter!r}",
+                where="model.adapter",
+                hint=nearest(section.adapter, list(registry.adapters)),
+            )
+        return registry.adapters[section.adapter]
+    ranked = sorted(registry.adapters.values(), key=lambda adapter: -adapter.matches(architecture, section.id))
+    best = ranked[0].matches(architecture, section.id) if ranked else 0
+    if best == 0:
+        known = sorted({name for adapter in registry.adapters.values() for name in adapter.architectures})
+        raise InputError(
+            f"no adapter is for the architecture {architecture}",
+            where=f"model.id {section.id!r}",
+            hint=f"known: {', '.join(known)}; a plugin can add one (docs/how-to/write-a-plugin.md)",
+        )
+    tied = [adapter.name for adapter in ranked if adapter.matches(architecture, section.id) == best]
+    if len(tied) > 1:
+        raise InputError(
+            f"several adapters fit {architecture}: {', '.join(tied)}", where="model.adapter", hint="name one of them"
+        )
+    return ranked[0]
+
+
+def _revision(source: str, config: Any) -> str:
+    """Return what identifies the weights: the hub commit, or a hash over the folder's file names, sizes and times."""
+    commit = getattr(config, "_commit_hash", None)
+    folder = Path(source)
+    if commit or not folder.is_dir():
+        return str(commit or "unknown")
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja", ".model"))
+    parts = []
+    for path in files:
+        status = path.stat()
+        # Small files by content; hashing 140 GB of weights would take longer than most stages.
+        small = status.st_size < 64 * 2**20
+        mark = hashlib.sha256(path.read_bytes()).hexdigest() if small else f"{status.st_size} {status.st_mtime_ns}"
+        parts.append([path.name, mark])
+    return "files-" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,256 @@
+"""Offer everything on the command line.
+
+stdout is data, stderr is talk. Exit status 0: done; 1: the run failed or could not mean anything; 2: bad input.
+Commands import what they need when they run, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from refusalkit.errors import InputError, RefusalkitError
+
+if TYPE_CHECKING:
+    from refusalkit.plan import Plan
+
+app = typer.Typer(
+    name="refusalkit",
+    help="Find, measure and repair the refusal direction of language models, from a recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+tiny_app = typer.Typer(help="The embedded models: small enough to try everything, no evidence about real ones.")
+app.add_typer(tiny_app, name="tiny")
+
+
+class Until(StrEnum):
+    """Name where a run may stop."""
+
+    prompts = "prompts"
+    capture = "capture"
+    find = "find"  # type: ignore[assignment]
+    select = "select"
+    evaluate = "evaluate"
+    report = "report"
+
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set model.dtype=float32")
+]
+
+
+class Interrupted(BaseException):
+    """Stop on Ctrl-C; nothing in between may take it for an ordinary error."""
+
+
+def main() -> None:
+    """Run the command line and turn errors into messages and exit statuses."""
+    signal.signal(signal.SIGINT, _interrupt)
+    # Threads that spin while they wait make a run five times slower on a machine whose cores are shared. Read by the
+    # OpenMP runtime when torch is imported, so it has to be set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except RefusalkitError as error:
+        _say(error)
+        sys.exit(error.exit_status)
+    except Interrupted:
+        print("\ninterrupted; finished stages are kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+def _interrupt(*_: object) -> None:
+    raise Interrupted
+
+
+def _say(error: RefusalkitError) -> None:
+    print(f"error: {error}", file=sys.stderr)
+
+
+def _plan(recipe: Path, settings: list[str] | None) -> Plan:
+    from refusalkit.recipe_file import load_recipe
+    from refusalkit.registry import load_registry
+
+    registry = load_registry()
+    checked = load_recipe(recipe, registry, settings or ())
+    from refusalkit.plan import make_plan
+
+    _quiet()
+    return make_plan(checked, recipe.parent, registry)
+
+
+def _quiet() -> None:
+    """Keep transformers' own bars and advice out of our output."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _out(plan: Plan, out: Path | None) -> Path:
+    return out if out is not None else Path("runs") / plan.recipe.name
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/NAME.")] = None,
+    until: Annotated[Until, typer.Option(help="Stop after this stage.")] = Until.report,
+    settings: Settings = None,
+) -> None:
+    """Run a recipe: find a direction, choose one, measure what it does, write a report.
+
+    Finished stages are kept: an interrupted run goes on where it stopped.
+    """
+    plan = _plan(recipe, settings)
+    folder = _out(plan, out)
+    _execute(plan, folder, until)
+    if until is Until.report:
+        print(folder / "report.html")
+
+
+def _execute(plan: Plan, folder: Path, until: Until = Until.report) -> None:
+    from refusalkit.progress import progress
+    from refusalkit.run import execute
+
+    with progress() as shown:
+        execute(plan, folder, shown, until.value)
+    if until is Until.report:
+        from refusalkit.report.finding import sentence
+        from refusalkit.run_directory import read_run
+
+        finished = read_run(folder)
+        print(sentence(finished.choice, finished.evaluation), file=sys.stderr)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    out: Annotated[Path | None, typer.Option(help="The run's folder, to see what is already done there.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Show what a recipe would do, before any weight is loaded."""
+    made = _plan(recipe, settings)
+    from refusalkit.plan_text import describe
+
+    print(describe(made, _out(made, out)))
+
+
+@app.command()
+def validate(recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes to check.")]) -> None:
+    """Check recipes without running anything."""
+    from refusalkit.recipe_file import load_recipe
+    from refusalkit.registry import load_registry
+
+    registry = load_registry()
+    failed = False
+    for path in recipes:
+        try:
+            load_recipe(path, registry)
+        except InputError as error:
+            failed = True
+            _say(error)
+        else:
+            print(f"{path}: ok")
+    if failed:
+        raise typer.Exit(2)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, installed plugins included."""
+    import json
+
+    from refusalkit.recipe import json_schema
+    from refusalkit.registry import load_registry
+
+    print(json.dumps(json_schema(load_registry()), indent=2))
+
+
+@app.command()
+def plugins() -> None:
+    """List everything installed and who provides it; broken plugins are listed with their error."""
+    from refusalkit.registry import load_registry
+
+    registry = load_registry()
+    for (kind, name), owner in registry.owners.items():
+        print(f"{kind.removeprefix('refusalkit_'):<15} {name:<22} {owner}")
+    for broken in registry.broken:
+        print(f"{'broken':<15} {broken.owner!s:<22} {broken.error}")
+    if registry.broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    show_completions: Annotated[
+        bool, typer.Option("--show-completions", help="Show completions to harmful prompts; redacted otherwise.")
+    ] = False,
+) -> None:
+    """Write a run's report again, without a model."""
+    from refusalkit.run import write_report
+
+    print(write_report(folder, show_completions=show_completions))
+
+
+@app.command()
+def bake(
+    source: Annotated[Path, typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe, or a finished run's folder.")],
+    out: Annotated[Path, typer.Option(help="Where the checkpoint goes; a new folder.")],
+    settings: Settings = None,
+) -> None:
+    """Write a checkpoint with the direction removed from its weights, and a model card that says so."""
+    is_run = source.is_dir()
+    recipe = source / "recipe.yaml" if is_run else source
+    if is_run and not recipe.is_file():
+        raise InputError("the folder holds no run", where=str(source), hint="name a recipe, or a run's folder")
+    made = _plan(recipe, settings)
+    folder = source if is_run else _out(made, None)
+    if not is_run:
+        _execute(made, folder, Until.select)
+    from refusalkit.artifacts import Choice
+    from refusalkit.bake import bake as write_checkpoint
+    from refusalkit.store import Store
+
+    choice = Store(folder).load(Choice)
+    if choice is None:
+        raise InputError("the run has not chosen a direction yet", where=str(folder), hint="run its recipe first")
+    edited = write_checkpoint(made.checkpoint, choice, out)
+    print(f"{len(edited.names)} parameters changed", file=sys.stderr)
+    print(out)
+
+
+@tiny_app.command("train")
+def tiny_train(
+    family: Annotated[str, typer.Argument(help="llama, gemma, qwen or yi.")],
+    out: Annotated[Path | None, typer.Option(help="Where the checkpoint goes; by default tiny-FAMILY.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of lessons.")] = 0,
+) -> None:
+    """Train an embedded model from a seed, as the shipped one was."""
+    from refusalkit import tiny
+
+    tiny.checkpoint(family)
+    from refusalkit.progress import progress
+    from refusalkit.tiny.train import train
+
+    _quiet()
+    folder = out if out is not None else Path(f"tiny-{family}")
+    with progress() as shown:
+        shown.stage("train", "running")
+        made = train(family, folder, seed=seed, progress=lambda step, steps, _: shown.advance("steps", step, steps))
+        shown.stage("train", "done")
+    print(
+        f"refuses {made.harmful_refusal_rate:.0%} of harmful and {made.harmless_refusal_rate:.0%} of harmless requests",
+        file=sys.stderr,
+    )
+    print(folder)

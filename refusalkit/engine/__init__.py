@@ -1,0 +1,1 @@
+"""Run models: all code that touches nnsight lives here."""

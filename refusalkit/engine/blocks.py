@@ -1,0 +1,139 @@
+"""Hold every traced block, each as small as it can be.
+
+A block runs on the server when the run is remote, with nothing of ours but what it names. So each is a free function
+of the model and plain values, calls `algebra` alone, touches modules in forward order, and saves the smallest thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import nnsight
+import torch
+from torch import Tensor
+
+from refusalkit import algebra
+from refusalkit.engine.lower import Program
+
+Inputs = Mapping[str, Tensor]
+
+
+def last_logits(
+    model: Any, inputs: Inputs, program: Program, options: Mapping[str, Any], skip: tuple[Sequence[str], Tensor | None]
+) -> Tensor:
+    """Return the last position's logits [row, d_vocab] under `program`.
+
+    `skip` names the blocks that do not run, and what the next block gets in their place [row, position, d_model].
+    """
+    skipped, resid = skip
+    with torch.no_grad(), model.trace(inputs, **options):
+        for path in skipped:
+            model.get(path).skip(resid)
+        for path, at_input, remove, add in program:
+            module = model.get(path)
+            if at_input:
+                module.input = algebra.edit(module.input, remove, add)
+            else:
+                module.output = algebra.edit_output(module.output, remove, add)
+        logits = nnsight.save(model.output.logits[:, -1])
+    return logits  # type: ignore[no-any-return]
+
+
+def read_sites(
+    model: Any, inputs: Inputs, reads: Sequence[tuple[str, bool]], options: Mapping[str, Any]
+) -> list[Tensor]:
+    """Return the hidden state [row, position, d_model] at each place, in order, and stop after the last."""
+    with torch.no_grad(), model.trace(inputs, **options) as tracer:
+        found = nnsight.save([])
+        for path, at_input in reads:
+            module = model.get(path)
+            if at_input:
+                found.append(module.input)
+            else:
+                found.append(algebra.hidden(module.output))
+        tracer.stop()
+    return found  # type: ignore[no-any-return]
+
+
+def read_positions(
+    model: Any,
+    inputs: Inputs,
+    reads: Sequence[tuple[str, bool]],
+    positions: Sequence[int],
+    options: Mapping[str, Any],
+) -> Tensor:
+    """Return the hidden states at `positions`, [row, position, read, d_model], and stop after the last place."""
+    index = list(positions)
+    with torch.no_grad(), model.trace(inputs, **options) as tracer:
+        rows = []
+        for path, at_input in reads:
+            module = model.get(path)
+            if at_input:
+                rows.append(module.input[:, index].cpu())
+            else:
+                rows.append(algebra.hidden(module.output)[:, index].cpu())
+        found = nnsight.save(torch.stack(rows, 2))
+        tracer.stop()
+    return found  # type: ignore[no-any-return]
+
+
+def sum_positions(
+    model: Any,
+    inputs: Inputs,
+    reads: Sequence[tuple[str, bool]],
+    positions: Sequence[int],
+    options: Mapping[str, Any],
+) -> Tensor:
+    """Return the sum over rows of the hidden states at `positions`, [position, read, d_model] float64."""
+    index = list(positions)
+    with torch.no_grad(), model.trace(inputs, **options) as tracer:
+        rows = []
+        for path, at_input in reads:
+            module = model.get(path)
+            if at_input:
+                rows.append(module.input[:, index].double().sum(0).cpu())
+            else:
+                rows.append(algebra.hidden(module.output)[:, index].double().sum(0).cpu())
+        total = nnsight.save(torch.stack(rows, 1))
+        tracer.stop()
+    return total  # type: ignore[no-any-return]
+
+
+def completion_losses(
+    model: Any, inputs: Inputs, program: Program, targets: tuple[Tensor, Tensor], options: Mapping[str, Any]
+) -> Tensor:
+    """Return the summed cross-entropy [row] of the target tokens that the mask marks (token_ids, mask)."""
+    token_ids, mask = targets
+    with torch.no_grad(), model.trace(inputs, **options):
+        for path, at_input, remove, add in program:
+            module = model.get(path)
+            if at_input:
+                module.input = algebra.edit(module.input, remove, add)
+            else:
+                module.output = algebra.edit_output(module.output, remove, add)
+        losses = nnsight.save(algebra.completion_loss(model.output.logits, token_ids, mask))
+    return losses  # type: ignore[no-any-return]
+
+
+def generate(model: Any, inputs: Inputs, program: Program, options: Mapping[str, Any]) -> Tensor:
+    """Return greedy completions with their prompts [row, position] under `program` at every step."""
+    with torch.no_grad(), model.generate(**options) as tracer:
+        with tracer.invoke(inputs):
+            for _ in tracer.iter[:]:
+                for path, at_input, remove, add in program:
+                    module = model.get(path)
+                    if at_input:
+                        module.input = algebra.edit(module.input, remove, add)
+                    else:
+                        module.output = algebra.edit_output(module.output, remove, add)
+        with tracer.invoke():
+            tokens = nnsight.save(tracer.result)
+    return tokens  # type: ignore[no-any-return]
+
+
+def generate_plainly(model: Any, inputs: Inputs, options: Mapping[str, Any]) -> Tensor:
+    """Return greedy completions with their prompts [row, position] of the unmodified model."""
+    with torch.no_grad(), model.generate(inputs, **options) as tracer:
+        tokens = nnsight.save(tracer.result)
+    return tokens  # type: ignore[no-any-return]

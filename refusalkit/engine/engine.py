@@ -1,0 +1,406 @@
+"""Run a model: capture, measure, generate, each under an intervention.
+
+The engine batches prompts by length, shares what they have in common at the front, starts a forward pass at the
+first layer an intervention touches, and halves the batch when memory runs out. None of this changes a result by more
+than the rounding of the model's own dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refusalkit import algebra
+from refusalkit.adapter import Adapter
+from refusalkit.engine import blocks, weights
+from refusalkit.engine.batch import Batch, Tokens, batch, chunks, shared_prefix
+from refusalkit.engine.lower import Pack, lower, packs, place
+from refusalkit.engine.memory import out_of_memory
+from refusalkit.errors import RunError
+from refusalkit.intervention import NOTHING, Intervention, Site
+from refusalkit.selector import Advance, Measure
+
+DEFAULT_BATCH_SIZE = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Clean:
+    """Hold the unmodified residual stream of one batch, from which a steered pass can start at any layer."""
+
+    resid: list[Tensor]
+    """[layer] of [prompt, position, d_model]: every block's input."""
+    prefix_resid: list[Tensor]
+    """The same of the shared front, one row; empty when there is none."""
+    prefix_cache: Any
+    """Keys and values of the shared front, one row; None when there is none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Hold captured activations: sums for the means, and every prompt's where they were asked for."""
+
+    mean: Tensor
+    """[position, layer, d_model] float64."""
+    n_prompts: int
+    samples: Tensor | None
+    """[prompt, position, layer, d_model] float32."""
+
+
+class Engine:
+    """Run one loaded model."""
+
+    def __init__(self, model: Any, adapter: Adapter, batch_size: int | None = None) -> None:
+        self.model = model
+        self.module: Any = model._module
+        self.adapter = adapter
+        self.batch_size = batch_size or DEFAULT_BATCH_SIZE
+        config = self.module.config.get_text_config()
+        self.n_layers: int = config.num_hidden_layers
+        self.d_model: int = config.hidden_size
+        self.prompt_passes = 0.0
+        """How many forward passes of one prompt through all layers have run; partial passes count in part."""
+        self.shares_prefix = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return next(self.module.parameters()).device  # type: ignore[no-any-return]
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def capture(
+        self,
+        prompts: Sequence[Tokens],
+        positions: Sequence[int],
+        site: Site = "resid_pre",
+        *,
+        keep_samples: bool = False,
+        advance: Advance | None = None,
+    ) -> Samples:
+        """Read the residual stream at `positions` of every layer: the float64 mean, and samples where asked.
+
+        Raises `RunError` for a prompt shorter than the deepest position.
+        """
+        _check_lengths(prompts, positions)
+        reads = [place(self.adapter, site, layer) for layer in range(self.n_layers)]
+        total: Tensor | None = None
+        samples: list[tuple[tuple[int, ...], Tensor]] = []
+
+        def run(group: Batch, options: dict[str, Any]) -> None:
+            nonlocal total
+            inputs = group.repeated(1)
+            if keep_samples:
+                rows = blocks.read_positions(self.model, inputs, reads, positions, options).float()
+                samples.append((group.indices, rows))
+                part = rows.double().sum(0)
+            else:
+                part = blocks.sum_positions(self.model, inputs, reads, positions, options)
+            total = part if total is None else total + part
+
+        self._over(prompts, run, keep=max(-position for position in positions), advance=advance)
+        assert total is not None
+        kept = None
+        if keep_samples:
+            kept = torch.empty((len(prompts), *samples[0][1].shape[1:]))
+            for indices, rows in samples:
+                kept[list(indices)] = rows
+        return Samples(total / len(prompts), len(prompts), kept)
+
+    def logits(self, prompts: Sequence[Tokens], intervention: Intervention | None = None) -> Tensor:
+        """Return the last-position logits [prompt, d_vocab], on the CPU, in float32 or wider."""
+        found: dict[int, Tensor] = {}
+        pack = Pack((0,), (intervention or NOTHING,))
+        prefix = self._prefix(prompts, keep=1)
+
+        def run(group: Batch, options: dict[str, Any]) -> None:
+            rows = algebra.widen(self._packed_logits(group, pack, prefix, None)).cpu()
+            found.update(zip(group.indices, rows, strict=True))
+
+        self._over(prompts, run, prefix=prefix, shared_cache=False)
+        return torch.stack([found[index] for index in range(len(prompts))])
+
+    def measure(
+        self,
+        prompts: Sequence[Tokens],
+        interventions: Sequence[Intervention],
+        measure: Measure,
+        advance: Advance | None = None,
+    ) -> Tensor:
+        """Reduce every prompt's last-position logits under every intervention: [intervention, prompt] float64.
+
+        Not-a-number stands for the prompts after which an intervention was given up (`Measure.stop_above`).
+        """
+        values = torch.full((len(interventions), len(prompts)), math.nan, dtype=torch.float64)
+        alive = list(range(len(interventions)))
+        prefix = self._prefix(prompts, keep=1)
+        done, total = 0, len(interventions) * len(prompts)
+
+        def run(group: Batch, options: dict[str, Any]) -> None:
+            nonlocal alive, done
+            rows = list(group.indices)
+            starts_late = any((interventions[index].first_layer or 0) > 0 for index in alive)
+            clean = self._clean(group, prefix) if starts_late else None
+            for pack in packs([(i, interventions[i]) for i in alive], max(1, self.batch_size // len(rows))):
+                logits = self._packed_logits(group, pack, prefix, clean)
+                reduced = _reduce(logits, measure, rows, len(pack.indices)).cpu()
+                for index, part in zip(pack.indices, reduced.reshape(len(pack.indices), -1), strict=True):
+                    values[index, rows] = part
+                done += len(rows) * len(pack.indices)
+                if advance is not None:
+                    advance(min(done, total), total)
+            if measure.stop_above is not None:
+                limit = measure.stop_above * len(prompts)
+                alive = [index for index in alive if not values[index].nansum() > limit]
+            if advance is not None and not alive:
+                advance(total, total)
+
+        # A mean that can be given up is computed in four parts, so that giving up saves something.
+        size = self.batch_size if measure.stop_above is None else max(1, -(-len(prompts) // 4))
+        self._over(prompts, run, prefix=prefix, shared_cache=False, size=size)
+        return values
+
+    def _packed_logits(self, group: Batch, pack: Pack, prefix: Tokens, clean: Clean | None) -> Tensor:
+        """Return logits [intervention * prompt, d_vocab] of a pack on one batch, skipping layers it leaves alone."""
+        times, rows = len(pack.interventions), len(group.indices)
+        start = pack.first_layer if clean is not None and pack.first_layer is not None else 0
+        skipped = [f"{self.adapter.blocks}.{layer}" for layer in range(start)]
+        resid = None if clean is None or start == 0 else clean.resid[start].to(self.device).repeat(times, 1, 1)
+        options: dict[str, Any] = {"logits_to_keep": 1, "use_cache": False}
+        if prefix:
+            cache = self._prefix_cache(pack, prefix, clean, start)
+            cache.batch_repeat_interleave(rows)
+            options.update(past_key_values=cache, use_cache=True)
+        program = lower(pack.interventions, self.adapter, rows, self.device)
+        self.prompt_passes += times * rows * (self.n_layers - start) / self.n_layers
+        return blocks.last_logits(self.model, group.repeated(times), program, options, (skipped, resid))
+
+    def _prefix_cache(self, pack: Pack, prefix: Tokens, clean: Clean | None, start: int) -> Any:
+        """Return the keys and values of the shared front under each intervention of a pack, a row each."""
+        times = len(pack.interventions)
+        if not any(intervention.edits for intervention in pack.interventions) and clean is not None:
+            return copy.deepcopy(clean.prefix_cache)
+        cache = self._empty_cache()
+        program = lower(pack.interventions, self.adapter, 1, self.device)
+        skipped = [f"{self.adapter.blocks}.{layer}" for layer in range(start)]
+        resid = None
+        if start and clean is not None:
+            resid = clean.prefix_resid[start].to(self.device).repeat(times, 1, 1)
+        options = {"logits_to_keep": 1, "use_cache": True, "past_key_values": cache}
+        blocks.last_logits(self.model, _prefix_inputs(prefix, times, self.device), program, options, (skipped, resid))
+        if start and clean is not None:
+            # Layers that did not run have left no keys; theirs are the unmodified model's.
+            below = copy.deepcopy(clean.prefix_cache)
+            below.batch_repeat_interleave(times)
+            cache.layers[:start] = below.layers[:start]
+        return cache
+
+    def _clean(self, group: Batch, prefix: Tokens) -> Clean:
+        """Run the unmodified model on one batch and keep every block's input."""
+        reads = [place(self.adapter, "resid_pre", layer) for layer in range(self.n_layers)]
+        options: dict[str, Any] = {"logits_to_keep": 1, "use_cache": False}
+        prefix_resid: list[Tensor] = []
+        cache = None
+        if prefix:
+            cache = self._empty_cache()
+            inputs = _prefix_inputs(prefix, 1, self.device)
+            # Not stopped after the last input: the cache needs the last block too.
+            last = [*reads, place(self.adapter, "resid_post", self.n_layers - 1)]
+            found = blocks.read_sites(self.model, inputs, last, {"past_key_values": cache, "use_cache": True})
+            prefix_resid = found[:-1]
+            used = copy.deepcopy(cache)
+            used.batch_repeat_interleave(len(group.indices))
+            options.update(past_key_values=used, use_cache=True)
+        resid = blocks.read_sites(self.model, group.repeated(1), reads, options)
+        self.prompt_passes += len(group.indices)
+        return Clean(resid, prefix_resid, cache)
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Tokens],
+        intervention: Intervention | None = None,
+        max_new_tokens: int = 64,
+        advance: Advance | None = None,
+    ) -> list[Tokens]:
+        """Return each prompt's greedy completion as token ids, without the end-of-turn token that ended it."""
+        stops = self._stop_ids()
+        found: dict[int, Tokens] = {}
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            # A checkpoint's sampling settings mean nothing to a greedy run, and transformers warns about them.
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+            "pad_token_id": self._pad_id(),
+        }
+
+        def run(group: Batch, _: dict[str, Any]) -> None:
+            inputs = group.repeated(1)
+            del inputs["position_ids"]
+            if intervention is None or not intervention.edits:
+                ids = blocks.generate_plainly(self.model, inputs, options)
+            else:
+                program = lower([intervention], self.adapter, len(group.indices), self.device)
+                with _one_step_too_many():
+                    ids = blocks.generate(self.model, inputs, program, options)
+            for index, row in zip(group.indices, ids[:, group.input_ids.shape[1] :].tolist(), strict=True):
+                ends = [place for place, token in enumerate(row) if token in stops]
+                found[index] = tuple(row[: ends[0]] if ends else row)
+
+        self._over(prompts, run, share=False, advance=advance)
+        return [found[index] for index in range(len(prompts))]
+
+    def losses(
+        self, prompts: Sequence[Tokens], completions: Sequence[Tokens], intervention: Intervention | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the summed cross-entropy [prompt], in nats, of given completions, and their lengths [prompt]."""
+        counts = torch.tensor([len(completion) for completion in completions])
+        losses = torch.zeros(len(prompts), dtype=torch.float64)
+        whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+
+        def run(group: Batch, _: dict[str, Any]) -> None:
+            width = int(counts[list(group.indices)].max()) + 1
+            columns = torch.arange(width, 0, -1)
+            mask = columns[None] <= counts[list(group.indices), None]
+            targets = (group.input_ids[:, -width:], mask)
+            program = lower([intervention or NOTHING], self.adapter, len(group.indices), self.device)
+            options = {"logits_to_keep": width, "use_cache": False}
+            rows = blocks.completion_losses(self.model, group.repeated(1), program, targets, options)
+            losses[list(group.indices)] = rows.cpu()
+
+        self._over(whole, run, share=False)
+        return losses, counts
+
+    @contextmanager
+    def edited_weights(self, basis: Tensor) -> Iterator[weights.Edited]:
+        """Remove `basis` [rank, d_model] from every weight that writes the residual stream, and put it back after."""
+        with weights.edited(self.module, self.adapter, basis) as edited:
+            yield edited
+
+    # -- batching ----------------------------------------------------------------------------------------------
+
+    def _prefix(self, prompts: Sequence[Tokens], keep: int) -> Tokens:
+        if not self.shares_prefix or not self._cache_can_be_shared():
+            return ()
+        return shared_prefix(prompts, keep)
+
+    def _over(
+        self,
+        prompts: Sequence[Tokens],
+        run: Callable[[Batch, dict[str, Any]], None],
+        *,
+        keep: int = 1,
+        prefix: Tokens | None = None,
+        share: bool = True,
+        shared_cache: bool = True,
+        size: int | None = None,
+        advance: Advance | None = None,
+    ) -> None:
+        """Call `run` on every batch, halving the batch when memory runs out and remembering the size that fits."""
+        front = (self._prefix(prompts, keep) if share else ()) if prefix is None else prefix
+        shared = self._shared_cache(front) if front and shared_cache else None
+        pending = chunks([len(prompt) for prompt in prompts], min(size or self.batch_size, self.batch_size))
+        done = 0
+        while pending:
+            indices = pending.pop(0)
+            group = batch(prompts, indices, len(front), self._pad_id(), self.device)
+            options: dict[str, Any] = {"use_cache": False}
+            if shared is not None:
+                used = copy.deepcopy(shared)
+                used.batch_repeat_interleave(len(indices))
+                options = {"past_key_values": used, "use_cache": True}
+            try:
+                run(group, options)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if len(indices) == 1:
+                    raise RunError(
+                        "memory runs out on a single prompt",
+                        where=f"a prompt of {len(prompts[indices[0]])} tokens",
+                        hint="use a smaller dtype, a shorter prompt or a larger device",
+                    ) from None
+                self.batch_size = max(1, len(indices) // 2)
+                pending = _halved([indices, *pending], self.batch_size)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            done += len(indices)
+            if advance is not None:
+                advance(done, len(prompts))
+
+    def _shared_cache(self, prefix: Tokens) -> Any:
+        cache = self._empty_cache()
+        options = {"logits_to_keep": 1, "use_cache": True, "past_key_values": cache}
+        blocks.last_logits(self.model, _prefix_inputs(prefix, 1, self.device), (), options, ((), None))
+        return cache
+
+    def _empty_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.module.config)
+
+    def _cache_can_be_shared(self) -> bool:
+        """Whether every layer's cache is plain keys and values; recurrent states cannot be repeated row by row."""
+        return all(type(layer).__name__ in _PLAIN_LAYERS for layer in self._empty_cache().layers)
+
+    def _pad_id(self) -> int:
+        tokenizer = self.model.tokenizer
+        return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+
+    def _stop_ids(self) -> set[int]:
+        stops = self.module.generation_config.eos_token_id
+        if stops is None:
+            stops = self.model.tokenizer.eos_token_id
+        return set(stops) if isinstance(stops, list) else {stops}
+
+
+_PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
+
+
+def _halved(groups: Sequence[tuple[int, ...]], size: int) -> list[tuple[int, ...]]:
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
+def _prefix_inputs(prefix: Tokens, rows: int, device: torch.device) -> dict[str, Tensor]:
+    ids = torch.tensor([prefix], device=device).repeat(rows, 1)
+    positions = torch.arange(len(prefix), device=device)[None].repeat(rows, 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+
+
+def _reduce(logits: Tensor, measure: Measure, rows: Sequence[int], times: int) -> Tensor:
+    if measure.kind == "refusal_score":
+        return algebra.refusal_score(logits, torch.tensor(measure.token_ids))
+    assert measure.reference is not None
+    return algebra.kl_nats(measure.reference[list(rows)].repeat(times, 1), logits)
+
+
+def _check_lengths(prompts: Sequence[Tokens], positions: Sequence[int]) -> None:
+    deepest = -min(positions)
+    shortest = min(len(prompt) for prompt in prompts)
+    if deepest > shortest:
+        raise RunError(
+            f"position -{deepest} lies before the start of a prompt of {shortest} tokens",
+            where="capture.positions",
+            hint="capture positions nearer to the end",
+        )
+
+
+@contextmanager
+def _one_step_too_many() -> Iterator[None]:
+    """Silence nnsight's word that an open loop over decode steps asked for one more than there were."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*was never reached: the loop asked for a step", category=UserWarning
+        )
+        yield

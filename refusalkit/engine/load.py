@@ -1,0 +1,66 @@
+"""Load a checkpoint into an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from refusalkit.checkpoint import Checkpoint
+from refusalkit.engine.engine import Engine
+from refusalkit.errors import InputError
+
+
+def load(checkpoint: Checkpoint) -> Engine:
+    """Load the weights that a recipe's `model` section names.
+
+    Raises `InputError` when they cannot be read or the device is not there.
+    """
+    from nnsight.modeling.transformers import TransformersModel
+
+    section = checkpoint.section
+    module = load_module(checkpoint)
+    device = pick_device(section.device)
+    try:
+        module = module.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"the model cannot be put on {section.device!r}: {str(error).splitlines()[0]}",
+            where="model.device",
+            hint="`auto` takes what there is",
+        ) from None
+    model = TransformersModel(module, tokenizer=checkpoint.tokenizer, task="text-generation")
+    return Engine(model, checkpoint.adapter, None if section.batch_size == "auto" else section.batch_size)
+
+
+def load_module(checkpoint: Checkpoint) -> Any:
+    """Load the plain transformers model on the CPU, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    section = checkpoint.section
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            checkpoint.source,
+            dtype=checkpoint.dtype,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the weights cannot be read: {str(error).strip().splitlines()[0]}",
+            where=f"model.id {section.id!r}",
+            hint="check that the download is complete",
+        ) from None
+    return module.eval().requires_grad_(False)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device a recipe names; `auto` prefers a GPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(
+            f"no device is called {name!r}", where="model.device", hint="auto, cpu, cuda, cuda:0, mps"
+        ) from None

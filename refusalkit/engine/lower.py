@@ -1,0 +1,99 @@
+"""Turn interventions into plain tuples that can travel into a trace.
+
+A block may name only the model, torch, numbers, tensors and tuples, because everything it names is shipped to the
+server. So adapters and interventions are lowered here to steps in forward order, the order in which a trace has to
+touch modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from refusalkit.adapter import Adapter
+from refusalkit.intervention import SITES, Edit, Intervention, Site
+
+#: (path of the module, whether its input is edited rather than its output, remove, add)
+Step = tuple[str, bool, Tensor | None, Tensor | None]
+Program = tuple[Step, ...]
+
+
+class Pack(NamedTuple):
+    """Hold interventions that touch the same places and so can share a forward pass, row by row."""
+
+    indices: tuple[int, ...]
+    interventions: tuple[Intervention, ...]
+
+    @property
+    def first_layer(self) -> int | None:
+        """The lowest layer that any of them touches."""
+        return self.interventions[0].first_layer
+
+
+def place(adapter: Adapter, site: Site, layer: int) -> tuple[str, bool]:
+    """Return the module path of a site, and whether the site is that module's input."""
+    block = f"{adapter.blocks}.{layer}"
+    match site:
+        case "resid_pre":
+            return block, True
+        case "attn_out":
+            return f"{block}.{adapter.attention.output}", False
+        case "mlp_out":
+            return f"{block}.{adapter.mlp.output}", False
+        case "resid_post":
+            return block, False
+
+
+def _ordered(intervention: Intervention) -> list[Edit]:
+    return sorted(intervention.edits, key=lambda edit: (edit.layer, SITES.index(edit.site)))
+
+
+def _signature(intervention: Intervention) -> tuple[object, ...]:
+    return tuple(
+        (edit.layer, edit.site, None if edit.remove is None else edit.remove.shape, edit.add is None)
+        for edit in _ordered(intervention)
+    )
+
+
+def packs(interventions: Sequence[tuple[int, Intervention]], size: int) -> list[Pack]:
+    """Group numbered interventions that touch the same places into packs of at most `size`."""
+    groups: dict[tuple[object, ...], list[tuple[int, Intervention]]] = {}
+    for index, intervention in interventions:
+        groups.setdefault(_signature(intervention), []).append((index, intervention))
+    return [
+        Pack(*zip(*group[start : start + size], strict=True))
+        for group in groups.values()
+        for start in range(0, len(group), size)
+    ]
+
+
+def lower(pack: Sequence[Intervention], adapter: Adapter, rows: int, device: torch.device) -> Program:
+    """Lower interventions of one pack to steps; each intervention covers `rows` consecutive rows of the batch."""
+    ordered = [_ordered(intervention) for intervention in pack]
+    # One basis stands in three edits a layer; stacking it once keeps a pack of 90 edits to one tensor.
+    stacked: dict[tuple[int, ...], Tensor] = {}
+
+    def rowwise(tensors: Sequence[Tensor | None], is_add: bool) -> Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        if not present:
+            return None
+        key = tuple(id(tensor) for tensor in present)
+        if key not in stacked:
+            if len(present) == 1:
+                value = present[0]
+            else:
+                value = torch.stack(present)
+                value = (value[:, None] if is_add else value).repeat_interleave(rows, 0)
+            stacked[key] = value.float().to(device)
+        return stacked[key]
+
+    steps: list[Step] = []
+    for edits in zip(*ordered, strict=True):
+        path, at_input = place(adapter, edits[0].site, edits[0].layer)
+        remove = rowwise([edit.remove for edit in edits], is_add=False)
+        add = rowwise([edit.add for edit in edits], is_add=True)
+        steps.append((path, at_input, remove, add))
+    return tuple(steps)

@@ -1,0 +1,35 @@
+"""Say what went wrong in words a user can act on.
+
+Every error a user can cause is one of two kinds. `InputError` is something the user wrote (exit status 2);
+`RunError` is a run that failed or could not mean anything (exit status 1). Both carry what was seen, where, and one
+hint; the command line prints exactly that and no traceback.
+"""
+
+from __future__ import annotations
+
+
+class RefusalkitError(Exception):
+    """Carry a message, the place it is about and one hint."""
+
+    exit_status = 1
+
+    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        where = f"{self.where}: " if self.where else ""
+        hint = f"\nhint: {self.hint}" if self.hint else ""
+        return f"{where}{self.message}{hint}"
+
+
+class InputError(RefusalkitError):
+    """Something the user wrote cannot be used: a recipe, a file, a name, an option."""
+
+    exit_status = 2
+
+
+class RunError(RefusalkitError):
+    """The run failed, or its result could not mean anything."""

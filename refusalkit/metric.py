@@ -1,0 +1,65 @@
+"""Turn what a model did into numbers: what a metric is given and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Side = Literal["harmful", "harmless"]
+Need = Literal["completions", "logits", "losses"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Hold what one intervention made of one side's test prompts; only what the metric `needs` is filled in."""
+
+    side: Side
+    prompts: tuple[str, ...]
+    opener_ids: tuple[int, ...]
+    """Token ids that open a refusal."""
+    completions: tuple[str, ...] = ()
+    """One greedy completion a prompt."""
+    logits: Tensor | None = None
+    """[prompt, d_vocab] at the last prompt position."""
+    baseline_logits: Tensor | None = None
+    """The same of the unmodified model."""
+    losses: Tensor | None = None
+    """[prompt] summed cross-entropy, in nats, of the unmodified model's own completion."""
+    n_tokens: Tensor | None = None
+    """[prompt] the number of tokens summed in `losses`."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """Hold one number a prompt, from which the stage takes the mean and its interval."""
+
+    values: tuple[float, ...]
+    weights: tuple[float, ...] | None = None
+    """What each prompt counts; None for equally. The cross-entropy is a mean over tokens, so prompts count by them."""
+
+
+class Metric(BaseModel, ABC):
+    """Provide a metric: a frozen pydantic class whose fields are its YAML keys and whose docstring is its help.
+
+    Subclasses set the field `metric` to their name: `metric: Literal["kl"] = "kl"`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metric: str
+    kind: ClassVar[Literal["rate", "mean"]]
+    """A rate of yes-or-no values gets a Wilson interval, a mean a bootstrap interval."""
+    unit: ClassVar[str]
+    needs: ClassVar[Need]
+    sides: ClassVar[tuple[Side, ...]] = ("harmful", "harmless")
+    """The sides on which the number means something."""
+
+    @abstractmethod
+    def measure(self, evidence: Evidence) -> Values:
+        """Return one value a prompt, in the order of `evidence.prompts`; not-a-number where it cannot be told."""

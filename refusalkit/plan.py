@@ -1,0 +1,174 @@
+"""Work out what a recipe will do before a weight is loaded.
+
+`plan` is the only place where names are looked up: afterwards every stage works with the things themselves. Each
+stage's content key hashes what decides its result, so a finished stage is recognised and never run twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import refusalkit
+from refusalkit.artifacts import Split
+from refusalkit.checkpoint import Checkpoint, open_checkpoint
+from refusalkit.errors import InputError
+from refusalkit.metric import Side
+from refusalkit.prompt_split import check_leaks, split_pool
+from refusalkit.recipe import PromptFiles, PromptsSection, Recipe
+from refusalkit.registry import Registry, nearest
+from refusalkit.stages.prompts import Request
+from refusalkit.store import STAGES, content_key
+from refusalkit.template import ChatTemplate
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Hold everything a run needs, resolved."""
+
+    recipe: Recipe
+    registry: Registry
+    checkpoint: Checkpoint
+    template: ChatTemplate
+    prompts: Request
+    keys: Mapping[str, str]
+    """The content key of every stage."""
+
+    @property
+    def n_candidates(self) -> int:
+        """How many places a direction is looked for."""
+        return len(self.prompts.positions) * self.checkpoint.n_layers
+
+    def metadata(self, stage: str) -> dict[str, str]:
+        """Return what is written beside the tensors of a stage, so that a file can be understood alone."""
+        return {
+            "made_by": f"refusalkit {refusalkit.__version__}",
+            "stage": stage,
+            "model": self.checkpoint.section.id,
+            "model_revision": self.checkpoint.revision,
+            "template_hash": self.template.digest(),
+            "site": self.recipe.capture.site,
+            "layer_convention": "layer l is the block whose input is resid_pre[l]",
+            "positions": ",".join(map(str, self.prompts.positions)),
+            "strategy": self.recipe.find.strategy,
+            "operation": "directions as found, not normalised: ablate removes the unit vector, steer adds as is",
+        }
+
+
+def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
+    """Resolve a recipe whose relative paths start at `folder`.
+
+    Raises `InputError` for a model, adapter, prompt source or option that cannot be used.
+    """
+    pools = read_pools(recipe.prompts, folder, registry)
+    checkpoint = open_checkpoint(recipe.model, registry)
+    template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, _options(recipe, checkpoint))
+    wanted = recipe.capture.positions
+    request = Request(
+        harmful=pools["harmful"],
+        harmless=pools["harmless"],
+        positions=template.positions(wanted if isinstance(wanted, tuple) else (wanted,)),
+        filter=recipe.prompts.filter,
+        openers=recipe.select.openers,
+        family_openers=checkpoint.adapter.family.openers,
+    )
+    return Plan(recipe, registry, checkpoint, template, request, _keys(recipe, registry, checkpoint, template, request))
+
+
+def _options(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
+    options: dict[str, Any] = dict(recipe.prompts.template_options)
+    if recipe.prompts.thinking is not None:
+        variable = checkpoint.adapter.family.thinking
+        if variable is None:
+            raise InputError(
+                f"the family {checkpoint.adapter.name!r} has no thinking mode to switch",
+                where="prompts.thinking",
+                hint="leave it out, or set the template's own variable in `prompts.template_options`",
+            )
+        options[variable] = recipe.prompts.thinking
+    return options
+
+
+def read_pools(section: PromptsSection, folder: Path, registry: Registry) -> dict[Side, dict[Split, tuple[str, ...]]]:
+    """Read both sides' prompts and divide them into splits; raises `InputError` for a leak between splits."""
+    sizes = {"train": section.train, "validation": section.validation, "test": section.test}
+    declared: dict[Side, str | PromptFiles] = {"harmful": section.harmful, "harmless": section.harmless}
+    pools: dict[Side, dict[Split, tuple[str, ...]]] = {}
+    for side, declaration in declared.items():
+        where = f"prompts.{side}"
+        if isinstance(declaration, PromptFiles):
+            whole = {
+                split: _only(read_source(getattr(declaration, split), folder, registry, f"{where}.{split}"), split)
+                for split in SPLITS
+            }
+            pools[side] = {split: _at_most(prompts, sizes[split], section.seed) for split, prompts in whole.items()}
+            continue
+        found = read_source(declaration, folder, registry, where)
+        if "all" in found:
+            divided = split_pool(found["all"], sizes, section.seed, where)
+            pools[side] = {split: tuple(divided[split]) for split in SPLITS}
+        else:
+            pools[side] = {split: _at_most(found[split], sizes[split], section.seed) for split in SPLITS}
+    check_leaks([(side, split, prompts) for side, splits in pools.items() for split, prompts in splits.items()])
+    return pools
+
+
+def _only(found: Mapping[str, tuple[str, ...]], split: Split) -> tuple[str, ...]:
+    """Take a whole source for one split, or the split of that name where the source is divided."""
+    return found["all"] if "all" in found else found[split]
+
+
+def _at_most(prompts: tuple[str, ...], size: int, seed: int) -> tuple[str, ...]:
+    import random
+
+    return prompts if len(prompts) <= size else tuple(random.Random(seed).sample(prompts, size))
+
+
+def read_source(address: str, folder: Path, registry: Registry, where: str) -> Mapping[str, tuple[str, ...]]:
+    """Read the prompts at `scheme:address`."""
+    scheme, separator, rest = address.partition(":")
+    source = registry.prompt_sources.get(scheme)
+    if source is None or not separator:
+        known = list(registry.prompt_sources)
+        hint = nearest(scheme, known) if separator else f"write SCHEME:ADDRESS, such as file:prompts.txt; {known}"
+        raise InputError(f"{address!r} names no prompt source", where=where, hint=hint)
+    return source.read(rest, folder)
+
+
+def _keys(
+    recipe: Recipe, registry: Registry, checkpoint: Checkpoint, template: ChatTemplate, request: Request
+) -> dict[str, str]:
+    """Return every stage's content key; each includes that of the stage before."""
+
+    def owner(kind: str, name: str) -> str:
+        return str(registry.owner(f"refusalkit_{kind}", name))
+
+    evaluate = recipe.evaluate
+    own: dict[str, dict[str, Any]] = {
+        "prompts": {
+            "model": [checkpoint.section.id, checkpoint.revision, checkpoint.section.dtype],
+            "adapter": [repr(checkpoint.adapter), owner("adapters", checkpoint.adapter.name)],
+            "template": template.digest(),
+            "request": [request.harmful, request.harmless, request.positions, request.filter, request.openers],
+        },
+        "capture": {"site": recipe.capture.site, "needs": recipe.find.needs},
+        "find": {"section": recipe.find.model_dump(mode="json"), "owner": owner("strategies", recipe.find.strategy)},
+        "select": {
+            "section": recipe.select.model_dump(mode="json"),
+            "owner": owner("selectors", recipe.select.selector),
+        },
+        "evaluate": {
+            "section": evaluate.model_dump(mode="json", serialize_as_any=True),
+            "owners": [owner("interventions", spec.intervention) for spec in evaluate.interventions]
+            + [owner("metrics", metric.metric) for metric in evaluate.metrics],
+        },
+    }
+    keys: dict[str, str] = {}
+    parent = ""
+    for stage in STAGES:
+        parent = keys[stage] = content_key({"stage": stage, "parent": parent, "own": own[stage]})
+    return keys

@@ -1,0 +1,118 @@
+"""Show how far a run is, on stderr: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """Follow the stages of a run."""
+
+    def stage(self, name: str, state: str) -> None:
+        """Say that a stage starts (`running`), has ended (`done`) or need not run (`kept`)."""
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        """Say how far a part of the stage is."""
+
+
+class Silent:
+    """Show nothing, for use from Python."""
+
+    def stage(self, name: str, state: str) -> None:
+        """Show nothing."""
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        """Show nothing."""
+
+
+class Lines:
+    """Write a plain line when a stage starts and ends, and every few seconds between."""
+
+    interval = 10.0
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._since = time.monotonic()
+        self._shown = self._since
+
+    def stage(self, name: str, state: str) -> None:
+        """Write one line a change."""
+        now = time.monotonic()
+        if state == "running":
+            self._stage, self._since, self._shown = name, now, now
+            print(f"{name}: running", file=sys.stderr, flush=True)
+        elif state == "done":
+            print(f"{name}: done in {now - self._since:.1f} s", file=sys.stderr, flush=True)
+        else:
+            print(f"{name}: {state}", file=sys.stderr, flush=True)
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        """Write a line when the last one is old."""
+        now = time.monotonic()
+        if now - self._shown >= self.interval:
+            self._shown = now
+            print(f"{self._stage}: {what} {done}/{total}", file=sys.stderr, flush=True)
+
+
+class Bars:
+    """Draw one bar for each part of a stage, with its rate and the time left."""
+
+    def __init__(self, display: Any) -> None:
+        self._display = display
+        self._stage = ""
+        self._since = time.monotonic()
+        self._tasks: dict[tuple[str, str], Any] = {}
+
+    def stage(self, name: str, state: str) -> None:
+        """Write one line above the bars when a stage has ended."""
+        if state == "running":
+            self._stage, self._since = name, time.monotonic()
+            self._tasks[name, ""] = self._display.add_task(name, total=None)
+            return
+        for (stage, _), task in list(self._tasks.items()):
+            if stage == name:
+                self._display.remove_task(task)
+                del self._tasks[stage, _]
+        took = f"done in {time.monotonic() - self._since:.1f} s" if state == "done" else state
+        self._display.console.print(f"{name:<9} {took}", highlight=False)
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        """Move the bar of `what`, making it first if need be."""
+        key = (self._stage, what)
+        if key not in self._tasks:
+            waiting = self._tasks.pop((self._stage, ""), None)
+            if waiting is not None:
+                self._display.remove_task(waiting)
+            self._tasks[key] = self._display.add_task(f"{self._stage}: {what}", total=total)
+        self._display.update(self._tasks[key], completed=done, total=total)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Choose bars or lines by where stderr goes."""
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as display:
+        yield Bars(display)

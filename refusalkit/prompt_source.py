@@ -1,0 +1,19 @@
+"""Say where prompts come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Provide prompts for addresses of one scheme."""
+
+    scheme: str
+    """What stands before the colon in a recipe: `file` in `file:harmful.txt`."""
+    help: str
+    """One line for the reference."""
+    read: Callable[[str, Path], Mapping[str, tuple[str, ...]]]
+    """(address, folder of the recipe) -> split name -> prompts; `{"all": ...}` when the source is not divided."""

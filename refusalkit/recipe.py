@@ -1,0 +1,213 @@
+"""Say what a recipe may contain.
+
+A recipe is YAML, checked against frozen pydantic models that forbid unknown keys. The sections `find`, `select` and
+`evaluate` take their choices from what is installed, so `recipe_type(registry)` builds the model (and with it the
+JSON schema and every error message) from the registry. Nothing here imports torch: checking a recipe is instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model, field_validator
+
+from refusalkit.intervention import InterventionSpec, Site
+from refusalkit.metric import Metric
+from refusalkit.registry import Registry
+from refusalkit.selector import Selector
+from refusalkit.strategy import Strategy
+
+Position = Literal["post_instruction", "instruction_end"] | Annotated[int, Field(lt=0)]
+
+
+class Section(BaseModel):
+    """Forbid unknown keys and changes, as every part of a recipe does."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """Which model to study, and how to load it."""
+
+    id: str
+    """A model hub name, a folder, or one of the embedded models: `tiny:llama`, `tiny:gemma`, `tiny:qwen`, `tiny:yi`."""
+    revision: str | None = None
+    """The branch, tag or commit of a hub model; null takes the hub's default and the run records the commit."""
+    adapter: str | None = None
+    """The architecture adapter by name; null finds the one that matches the checkpoint."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The weights' type; `auto` takes the checkpoint's own, and float32 for the embedded models."""
+    device: str = "auto"
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Prompts a forward pass; `auto` starts at 32 and halves when memory runs out. Results do not depend on it."""
+    where: Literal["local"] = "local"
+    """Where the model runs: `local`, this machine."""
+    trust_remote_code: bool = False
+    """Whether code inside the checkpoint may run. Only for checkpoints whose code you have read."""
+
+
+class PromptFiles(Section):
+    """One source a split."""
+
+    train: str
+    """Prompts from which directions are found."""
+    validation: str
+    """Prompts on which the direction is selected."""
+    test: str
+    """Prompts on which the result is measured; nothing before that sees them."""
+
+
+class PromptsSection(Section):
+    """Which prompts to use, how many, and how to render them."""
+
+    harmful: str | PromptFiles
+    """Requests the model should refuse: one source that is split by the seed, or one source a split."""
+    harmless: str | PromptFiles
+    """Requests the model should answer."""
+    train: Annotated[int, Field(ge=1)] = 128
+    """Prompts a side for finding directions, before the filter; at most this many from a source that is split."""
+    validation: Annotated[int, Field(ge=1)] = 32
+    """Prompts a side for selecting, before the filter."""
+    test: Annotated[int, Field(ge=1)] = 64
+    """Prompts a side for the evaluation; never filtered."""
+    seed: int = 0
+    """Decides which prompts of a source land in which split."""
+    filter: bool = True
+    """Keep only harmful prompts the model refuses and harmless ones it answers, by refusal score, in train and
+    validation, as the paper's code does."""
+    system: str | None = None
+    """A system prompt; null leaves it to the chat template."""
+    thinking: bool | None = None
+    """Switch the thinking mode of a model that has one; null leaves it to the chat template."""
+    template_options: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    """Further variables for the chat template."""
+
+
+class CaptureSection(Section):
+    """Where to read activations."""
+
+    site: Site = "resid_pre"
+    """The place in each block; the paper reads `resid_pre`, the block's input."""
+    positions: Position | Annotated[tuple[Position, ...], Field(min_length=1)] = "post_instruction"
+    """`post_instruction` (every template token after the instruction), `instruction_end` (the instruction's last
+    token), negative numbers counted from the end of the prompt, or a list of these."""
+
+
+class EvaluateSection(Section):
+    """What to do with the direction and what to measure."""
+
+    interventions: tuple[InterventionSpec, ...]
+    """What to compare; the unmodified model is always measured too."""
+    metrics: tuple[Metric, ...]
+    """What to measure."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    """Length of the greedy completions; a completion ends earlier at the model's end-of-turn token."""
+    controls: Annotated[int, Field(ge=0)] = 1
+    """How many random directions of the same norm to put through every intervention that uses the direction."""
+    seed: int = 0
+    """Seed of the random directions and of the bootstrap."""
+
+
+class Recipe(Section):
+    """Declare a whole run, from the model to the report."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """A short name; the run directory is called after it."""
+    description: str | None = None
+    """What the run is for, shown at the top of the report."""
+    model: ModelSection
+    """Which model to study."""
+    prompts: PromptsSection
+    """Which prompts to use."""
+    capture: CaptureSection = CaptureSection()
+    """Where to read activations."""
+    find: Strategy
+    """How to find directions: `strategy` and its options."""
+    select: Selector
+    """How to choose one of them: `selector` and its options."""
+    evaluate: EvaluateSection
+    """What to do with it and what to measure."""
+
+    @field_validator("description")
+    @classmethod
+    def _one_paragraph(cls, text: str | None) -> str | None:
+        return " ".join(text.split()) if text else None
+
+
+def recipe_type(registry: Registry) -> type[Recipe]:
+    """Build the recipe model for what is installed.
+
+    Every choice becomes a discriminated union over the registry, so that an unknown key is an error with its full
+    path (`find.pca.compnent`) and editors complete the options of installed plugins.
+    """
+    strategy = _choice(registry.strategies, "strategy", default="difference_in_means")
+    selector = _choice(registry.selectors, "selector", default="causal")
+    intervention = _choice(registry.interventions, "intervention")
+    metric = _choice(registry.metrics, "metric")
+    evaluate = create_model(
+        "EvaluateSection",
+        __base__=EvaluateSection,
+        interventions=(
+            tuple[intervention, ...],  # type: ignore[valid-type]
+            Field(("none", "ablate", "steer", "orthogonalize"), validate_default=True),
+        ),
+        metrics=(
+            tuple[metric, ...],  # type: ignore[valid-type]
+            Field(("refusal_rate", "refusal_score", "kl", "cross_entropy"), validate_default=True),
+        ),
+    )
+    made = create_model(
+        "Recipe",
+        __base__=Recipe,
+        find=(strategy, Field("difference_in_means", validate_default=True)),
+        select=(selector, Field("causal", validate_default=True)),
+        evaluate=(evaluate, Field(default_factory=dict, validate_default=True)),
+    )
+    _inherit_descriptions(made)
+    _inherit_descriptions(evaluate)
+    return made
+
+
+def _inherit_descriptions(made: type[BaseModel]) -> None:
+    for name, field in made.model_fields.items():
+        inherited = made.__mro__[1].model_fields.get(name)  # type: ignore[attr-defined]
+        if field.description is None and inherited is not None:
+            field.description = inherited.description
+    made.model_rebuild(force=True)
+
+
+def _choice(providers: Mapping[str, type[BaseModel]], key: str, default: str | None = None) -> Any:
+    """Build the type of a choice among `providers`: a mapping with `key`, or a bare name for all defaults."""
+    union = reduce(or_, providers.values())
+    tagged = Annotated[union, Field(discriminator=key)] if len(providers) > 1 else union
+    mapping = {"anyOf": [{"enum": sorted(providers)}, *[_schema_of(provider) for provider in providers.values()]]}
+    return Annotated[tagged, BeforeValidator(_expand(key, default)), WithJsonSchema(mapping)]
+
+
+def _expand(key: str, default: str | None) -> Callable[[Any], Any]:
+    """Turn a bare name into a mapping and fill in the default name, so that one spelling reaches validation."""
+
+    def expand(value: Any) -> Any:
+        if isinstance(value, str):
+            return {key: value}
+        if isinstance(value, dict) and key not in value and default is not None:
+            return {key: default, **value}
+        return value
+
+    return expand
+
+
+def _schema_of(provider: type[BaseModel]) -> dict[str, Any]:
+    schema = provider.model_json_schema()
+    schema.pop("$defs", None)
+    return schema
+
+
+def json_schema(registry: Registry) -> dict[str, Any]:
+    """Return the JSON schema of recipes, installed plugins included, for editors and other tools."""
+    schema = recipe_type(registry).model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

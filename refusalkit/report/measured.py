@@ -1,0 +1,71 @@
+"""Find one's way in the results: which interventions there are, in which order, and what controls for what."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from refusalkit.artifacts import Evaluation, Result
+from refusalkit.metric import Side
+
+BASELINE = "none"
+#: Metrics that say what an intervention breaks.
+COSTS = ("kl", "cross_entropy", "perplexity")
+SIDES: tuple[Side, ...] = ("harmful", "harmless")
+_RANDOM = re.compile(r"_random(?:[_#]?\d+)?")
+
+
+def is_control(label: str) -> bool:
+    """Tell whether an intervention uses a random direction."""
+    return _RANDOM.search(label) is not None
+
+
+def controlled(label: str) -> str:
+    """Return the label of the intervention that a control repeats with a random direction."""
+    return _RANDOM.sub("", label)
+
+
+def controls_of(label: str, labels: Iterable[str]) -> tuple[str, ...]:
+    """Return the controls of one intervention."""
+    return tuple(other for other in labels if is_control(other) and controlled(other) == label)
+
+
+def in_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Put the unmodified model first and every control after what it controls for; otherwise keep the order."""
+    given = list(dict.fromkeys(labels))
+    real = [label for label in given if not is_control(label)]
+    real.sort(key=lambda label: label != BASELINE)
+    ordered = [name for label in real for name in (label, *controls_of(label, given))]
+    return (*ordered, *(label for label in given if label not in ordered))
+
+
+def interventions(evaluation: Evaluation) -> tuple[str, ...]:
+    """Return every intervention that was measured or generated under, in the order of the page."""
+    measured = [row.intervention for row in evaluation.results]
+    return in_order(measured + [row.intervention for row in evaluation.generated])
+
+
+def metrics(evaluation: Evaluation, kind: str) -> tuple[str, ...]:
+    """Return the names of the metrics of one kind that have a number to show, in the order of the recipe."""
+    names = (row.metric for row in evaluation.results if row.kind == kind and math.isfinite(row.value))
+    return tuple(dict.fromkeys(names))
+
+
+def costs_first(names: Iterable[str]) -> tuple[str, ...]:
+    """Put the metrics that say what an intervention breaks before the others."""
+    return tuple(sorted(names, key=lambda name: name not in COSTS))
+
+
+def find(results: Sequence[Result], intervention: str, side: Side, metric: str) -> Result | None:
+    """Return one result, or None where it was not measured."""
+    for row in results:
+        if (row.intervention, row.prompts, row.metric) == (intervention, side, metric):
+            return row
+    return None
+
+
+def sides(results: Iterable[Result], metric: str) -> tuple[Side, ...]:
+    """Return the sides on which a metric was taken."""
+    seen = {row.prompts for row in results if row.metric == metric and math.isfinite(row.value)}
+    return tuple(side for side in SIDES if side in seen)

@@ -1,0 +1,120 @@
+"""Write the report: one HTML file that needs nothing else, not even a network."""
+
+from __future__ import annotations
+
+import base64
+import re
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from refusalkit.report import tables
+from refusalkit.report.charts import Figure, figures, svg
+from refusalkit.report.completions import examples
+from refusalkit.report.finding import sentence
+from refusalkit.report.measured import costs_first, interventions, is_control, metrics
+from refusalkit.report.provenance import provenance
+from refusalkit.report.theme import config
+from refusalkit.report.wording import count, number, token
+from refusalkit.run_directory import Run
+
+# An interval stays on one line with the number it belongs to.
+_INTERVAL = re.compile(r" \[([^],]+), ([^]]+)\]")
+
+
+def render_html(run: Run, *, show_completions: bool = False) -> str:
+    """Write the page for a run; completions to harmful prompts are in it only when asked for."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(_packaged("template.html.j2"))
+    return template.render(
+        style=Markup(_packaged("style.css")),
+        vega=Markup(_vega()),
+        script=Markup(_packaged("page.js")),
+        themes={"light": config("light"), "dark": config("dark")},
+        **_found(run),
+        **_figures(run),
+        **_numbers(run),
+        harmless=examples(run, "harmless", show_completions=show_completions),
+        harmful=examples(run, "harmful", show_completions=show_completions),
+        provenance=provenance(run),
+        recipe_yaml=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
+    )
+
+
+def _packaged(name: str) -> str:
+    return resources.files("refusalkit.report").joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _vega() -> str:
+    """Return the JavaScript that draws the charts, safe inside a script element."""
+    import vl_convert
+
+    # Without a snippet it puts `vegaEmbed` on the window; the stub does not say that it may be left out.
+    return str(vl_convert.javascript_bundle()).replace("</script", "<\\/script")  # type: ignore[call-arg]
+
+
+def _found(run: Run) -> dict[str, Any]:
+    """Gather what stands at the top of the page."""
+    model = str((run.environment.get("model") or {}).get("id") or (run.recipe.get("model") or {}).get("id") or "–")
+    choice = run.choice
+    tokens = dict(zip(run.prompts.positions, run.prompts.position_tokens, strict=False))
+    return {
+        "name": str(run.recipe.get("name") or run.folder.name),
+        "description": run.recipe.get("description"),
+        "model": model,
+        "toy": model.startswith("tiny:"),
+        "started": str(run.environment.get("started") or "")[:10],
+        "sentence": _INTERVAL.sub("\N{NO-BREAK SPACE}[\\1,\N{NO-BREAK SPACE}\\2]", sentence(choice, run.evaluation)),
+        "choice": choice,
+        "chosen_token": token(tokens[choice.position]) if choice.position in tokens else None,
+        "strategy": run.candidates.strategy,
+        "site": run.candidates.site,
+        "n_candidates": count(len(choice.scores), "candidate"),
+        "baseline_harmful": number(choice.baseline_refusal_score),
+        "baseline_harmless": number(choice.baseline_harmless_score),
+        "fates": tables.fates(choice),
+    }
+
+
+def _figures(run: Run) -> dict[str, Any]:
+    """Place the figures in the sections of the page."""
+    drawn = figures(run)
+    maps = [figure for figure in drawn if figure.name.startswith("candidates-")]
+    return {
+        "rate_figures": [_placed(figure) for figure in drawn if figure.name.startswith("rate-")],
+        "heat_maps": [_placed(figure) for figure in maps],
+        "heat_maps_side_by_side": all(figure.min_width <= 340 for figure in maps),
+        "separation_figures": [_placed(figure) for figure in drawn if figure.name == "separation"],
+        "mean_figures": [_placed(figure) for figure in drawn if figure.name.startswith("mean-")],
+    }
+
+
+def _placed(figure: Figure) -> dict[str, Any]:
+    """Add the picture that stands in where nothing is drawn: without scripts, and in print."""
+    picture = base64.b64encode(svg(figure).encode()).decode()
+    return {
+        "name": figure.name,
+        "title": figure.title,
+        "note": figure.note,
+        "description": figure.description,
+        "min_width": figure.min_width,
+        "specification": figure.specification(),
+        "picture": f"data:image/svg+xml;base64,{picture}",
+    }
+
+
+def _numbers(run: Run) -> dict[str, Any]:
+    """Gather the tables of results."""
+    evaluation = run.evaluation
+    rates, means = metrics(evaluation, "rate"), costs_first(metrics(evaluation, "mean"))
+    return {
+        "has_controls": any(map(is_control, interventions(evaluation))),
+        "rate_tables": {name: tables.by_intervention(evaluation, [name]) for name in rates},
+        "mean_table": tables.by_intervention(evaluation, means),
+        "weight_edits": tables.weight_edits(evaluation.weight_edits),
+    }

@@ -1,0 +1,116 @@
+"""Gather the tables of the page: plain rows of text, escaped where they are written."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from refusalkit.artifacts import Choice, Evaluation, Result, WeightEdit
+from refusalkit.metric import Side
+from refusalkit.report.measured import find, in_order, is_control, sides
+from refusalkit.report.wording import number, with_interval
+
+
+@dataclass(frozen=True)
+class Column:
+    """Head one column of results."""
+
+    metric: str
+    side: Side
+    unit: str
+    n: int | None
+    """How many prompts every number of the column rests on, or None where that differs."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Hold one number as text, and its own `n` where the column has no common one."""
+
+    text: str
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Hold the numbers of one intervention."""
+
+    label: str
+    control: bool
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Hold results by intervention."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+
+def by_intervention(evaluation: Evaluation, metrics: Sequence[str]) -> Table:
+    """Put interventions in rows and metrics by side in columns."""
+    results = [row for row in evaluation.results if row.metric in metrics]
+    columns = tuple(_column(results, metric, side) for metric in metrics for side in sides(results, metric))
+    rows = tuple(
+        Row(label, is_control(label), tuple(_cell(results, label, column) for column in columns))
+        for label in in_order([row.intervention for row in results])
+    )
+    return Table(columns, rows)
+
+
+def _column(results: Sequence[Result], metric: str, side: Side) -> Column:
+    chosen = [row for row in results if row.metric == metric and row.prompts == side]
+    counts = {row.n for row in chosen if math.isfinite(row.value)}
+    return Column(metric, side, chosen[0].unit, counts.pop() if len(counts) == 1 else None)
+
+
+def _cell(results: Sequence[Result], label: str, column: Column) -> Cell:
+    result = find(results, label, column.side, column.metric)
+    return Cell(with_interval(result), result.n if result is not None and column.n is None else None)
+
+
+@dataclass(frozen=True)
+class Fate:
+    """Count the candidates that ended the same way."""
+
+    status: str
+    count: int
+    unscored: int
+    """How many of them lack at least one of the three scores."""
+
+
+def fates(choice: Choice) -> list[Fate]:
+    """Count how many candidates were chosen, survived, or fell to which reason."""
+    counts = Counter(row.status for row in choice.scores)
+    unscored = Counter(
+        row.status for row in choice.scores if None in (row.refusal_score, row.induced_score, row.kl_nats)
+    )
+    order = sorted(counts, key=lambda status: (status != "chosen", status != "survivor", -counts[status], status))
+    return [Fate(status, counts[status], unscored[status]) for status in order]
+
+
+@dataclass(frozen=True)
+class EditRow:
+    """Hold what the page says of one weight edit."""
+
+    label: str
+    edited: tuple[str, ...]
+    untied: bool
+    gap: str
+    claim: str
+
+
+def weight_edits(edits: Sequence[WeightEdit]) -> list[EditRow]:
+    """Say of every weight edit how far it is from ablation, and whether it claims to be the same."""
+    return [
+        EditRow(
+            edit.label,
+            edit.edited,
+            edit.untied,
+            number(edit.max_logit_gap, 2),
+            edit.claim or "equivalent to ablating the activations on this architecture",
+        )
+        for edit in edits
+    ]

@@ -1,0 +1,120 @@
+"""Rank candidates: what a selector is given, what it may ask the model, and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from refusalkit.intervention import Intervention, Site
+
+Tokens = tuple[int, ...]
+#: Told how far a long computation is: (done, total).
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """Say which number to reduce the last-position logits of each prompt to, where the model runs."""
+
+    kind: Literal["refusal_score", "kl_nats"]
+    token_ids: tuple[int, ...] = ()
+    """The refusal openers, for `refusal_score`."""
+    reference: Tensor | None = None
+    """Logits [prompt, d_vocab] of the unmodified model, for `kl_nats`."""
+    stop_above: float | None = None
+    """Give up on an intervention once its mean over all prompts cannot come back to this value."""
+
+
+class Subject(Protocol):
+    """What a selector may ask of the model; the engine provides it, locally or remotely."""
+
+    n_layers: int
+
+    def logits(self, prompts: Sequence[Tokens], intervention: Intervention | None = None) -> Tensor:
+        """Return the last-position logits [prompt, d_vocab]."""
+
+    def measure(
+        self,
+        prompts: Sequence[Tokens],
+        interventions: Sequence[Intervention],
+        measure: Measure,
+        advance: Advance | None = None,
+    ) -> Tensor:
+        """Reduce every prompt's logits under every intervention: [intervention, prompt] float64.
+
+        Not-a-number stands for the prompts after which an intervention was given up (`Measure.stop_above`).
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class SelectInputs:
+    """Hold what a selector chooses from and the validation prompts it may use."""
+
+    directions: Tensor
+    """[position, layer, d_model] or [position, layer, rank, d_model] float64, as found."""
+    positions: tuple[int, ...]
+    """The label of each position: negative, counted from the end of the prompt."""
+    site: Site
+    harmful: tuple[Tokens, ...]
+    harmless: tuple[Tokens, ...]
+    opener_ids: tuple[int, ...]
+    advance: Callable[[str, int, int], None] | None = None
+    """Told what is being scored and how far it is: (what, done, total)."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Hold what is known of one candidate; None where it was not scored, and `status` says why."""
+
+    position: int
+    layer: int
+    refusal_score: float | None
+    """Mean refusal score of harmful prompts with the direction ablated, in nats (the paper's bypass score)."""
+    induced_score: float | None
+    """Mean refusal score of harmless prompts with the direction added, in nats."""
+    kl_nats: float | None
+    """Mean KL on harmless prompts between the unmodified and the ablated model, in nats."""
+    status: str
+    """`chosen`, `survivor`, or the reason it fell."""
+    extra: dict[str, float] = field(default_factory=dict)
+    """Further numbers of the selector, by name."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Hold every candidate's scores; exactly one has the status `chosen`, unless nothing survived."""
+
+    scores: tuple[Score, ...]
+    baseline_refusal_score: float
+    """Mean refusal score of the harmful validation prompts in the unmodified model, in nats."""
+    baseline_harmless_score: float
+    """The same on the harmless validation prompts."""
+    nearest_miss: str | None = None
+    """When nothing survived: the candidate that came closest and what stopped it, in one sentence."""
+    hint: str | None = None
+    """When nothing survived: what to change in the recipe."""
+
+
+class Selector(BaseModel, ABC):
+    """Provide a selector: a frozen pydantic class whose fields are its YAML keys and whose docstring is its help.
+
+    Subclasses set the field `selector` to their name: `selector: Literal["causal"] = "causal"`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    selector: str
+    openers: Literal["auto"] | tuple[str, ...] = "auto"
+    """The texts that open a refusal, turned into token ids in context; `auto` takes the family's where this model
+    says them and otherwise finds them on the training prompts."""
+
+    @abstractmethod
+    def select(self, inputs: SelectInputs, subject: Subject) -> Selection:
+        """Score the candidates and mark one as chosen."""

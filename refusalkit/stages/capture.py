@@ -1,0 +1,46 @@
+"""Read the residual stream of the training prompts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from refusalkit.artifacts import Activations, PromptSplits
+from refusalkit.errors import RunError
+from refusalkit.metric import Side
+from refusalkit.recipe import CaptureSection
+from refusalkit.stages.bench import Bench
+
+
+def capture(
+    section: CaptureSection, splits: PromptSplits, needs: Literal["means", "samples"], bench: Bench
+) -> Activations:
+    """Capture both sides at the positions of `splits`; raises `RunError` where activations are not numbers."""
+    sides: tuple[Side, Side] = ("harmful", "harmless")
+    harmful, harmless = (
+        bench.engine.capture(
+            bench.tokens(splits.of(side, "train")),
+            splits.positions,
+            section.site,
+            keep_samples=needs == "samples",
+            advance=bench.advance(f"{side} prompts"),
+        )
+        for side in sides
+    )
+    for side, found in zip(sides, (harmful, harmless), strict=True):
+        bad = (~found.mean.isfinite()).nonzero()
+        if len(bad):
+            raise RunError(
+                f"activations of {side} prompts are not numbers from layer {int(bad[:, 1].min())} on",
+                where="capture",
+                hint="float16 overflows on many models: load with `model.dtype: bfloat16` or `float32`",
+            )
+    return Activations(
+        site=section.site,
+        positions=splits.positions,
+        harmful_mean=harmful.mean,
+        harmless_mean=harmless.mean,
+        n_harmful=harmful.n_prompts,
+        n_harmless=harmless.n_prompts,
+        harmful_samples=harmful.samples,
+        harmless_samples=harmless.samples,
+    )

@@ -1,0 +1,133 @@
+"""Settle which prompts are used: find the refusal openers, then keep the prompts the model treats as they are meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from refusalkit import algebra
+from refusalkit.artifacts import FilterCount, Openers, PromptSplits, Split, Template
+from refusalkit.errors import RunError
+from refusalkit.metric import Side
+from refusalkit.stages.bench import Bench
+
+#: Below this many prompts a mean or a score says nothing.
+FEWEST = 4
+#: The family's openers are taken when they separate the sides at least this well, next to the best tokens found.
+FAMILY_SHARE = 0.5
+#: A found opener is at least this much more probable on harmful prompts than on harmless ones.
+SMALLEST_GAP = 0.05
+MOST_OPENERS = 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """Hold what was asked of this stage, resolved by the plan."""
+
+    harmful: Mapping[Split, tuple[str, ...]]
+    harmless: Mapping[Split, tuple[str, ...]]
+    positions: tuple[int, ...]
+    filter: bool
+    openers: Literal["auto"] | tuple[str, ...]
+    family_openers: tuple[str, ...]
+    duplicates_dropped: int = 0
+
+
+def settle(request: Request, bench: Bench) -> PromptSplits:
+    """Choose the openers on the training prompts, then filter train and validation by refusal score.
+
+    Raises `RunError` when the model refuses no harmful prompt or too few prompts are left.
+    """
+    sides: dict[Side, Mapping[Split, tuple[str, ...]]] = {"harmful": request.harmful, "harmless": request.harmless}
+    parts: list[tuple[Side, Split]] = [(side, split) for side in sides for split in ("train", "validation")]
+    logits = {}
+    for number, (side, split) in enumerate(parts):
+        logits[side, split] = bench.engine.logits(bench.tokens(sides[side][split]))
+        bench.progress.advance("refusal scores", number + 1, len(parts))
+    openers = _openers(request, logits["harmful", "train"], logits["harmless", "train"], bench)
+    kept: dict[Side, dict[Split, tuple[str, ...]]] = {side: dict(splits) for side, splits in sides.items()}
+    counts = []
+    for side, split in parts:
+        scores = algebra.refusal_score(logits[side, split], torch.tensor(openers.token_ids))
+        passes = scores > 0 if side == "harmful" else scores < 0
+        prompts = sides[side][split]
+        if request.filter:
+            kept[side][split] = tuple(p for p, good in zip(prompts, passes.tolist(), strict=True) if good)
+        counts.append(
+            FilterCount(
+                side=side, split=split, kept=len(kept[side][split]), of=len(prompts), mean_score=scores.mean().item()
+            )
+        )
+    if request.filter:
+        _check_enough(counts, openers)
+    before, after = bench.template.around()
+    return PromptSplits(
+        harmful=kept["harmful"],
+        harmless=kept["harmless"],
+        positions=request.positions,
+        position_tokens=bench.template.labels(request.positions),
+        template=Template(
+            hash=bench.template.digest(),
+            prefix=before,
+            suffix=after,
+            suffix_tokens=tuple(bench.template.tokenizer.decode([token]) for token in bench.template.suffix()),
+        ),
+        openers=openers,
+        filtered=tuple(counts) if request.filter else (),
+        duplicates_dropped=request.duplicates_dropped,
+    )
+
+
+def _openers(request: Request, harmful: torch.Tensor, harmless: torch.Tensor, bench: Bench) -> Openers:
+    """Decide which tokens open a refusal."""
+    if request.openers != "auto":
+        ids = bench.template.opener_ids(request.openers)
+        return Openers(texts=request.openers, token_ids=ids, source="recipe", reason="the recipe names them")
+    gap = harmful.double().softmax(-1).mean(0) - harmless.double().softmax(-1).mean(0)
+    if not gap.isfinite().all():
+        raise RunError(
+            "the model's logits are not numbers", where="prompts", hint="load it with model.dtype: bfloat16 or float32"
+        )
+    ranked = gap.argsort(descending=True)[:MOST_OPENERS]
+    found = [int(token) for token in ranked if gap[token] >= SMALLEST_GAP]
+    best = gap[found].sum().item() if found else 0.0
+    family = bench.template.opener_ids(request.family_openers)
+    share = gap[list(family)].sum().item()
+    if share > 0 and share >= FAMILY_SHARE * best:
+        return Openers(
+            texts=request.family_openers,
+            token_ids=family,
+            source="family",
+            reason=f"the family's own; {share:.0%} more probable on harmful than on harmless training prompts",
+        )
+    if not found:
+        raise RunError(
+            "no token opens the answer to harmful prompts more often than to harmless ones: this model does not "
+            "refuse these prompts",
+            where="select.openers",
+            hint="use harmful prompts that it refuses, or name the openers of its refusals in `select.openers`",
+        )
+    return Openers(
+        texts=tuple(bench.template.tokenizer.decode([token]) for token in found),
+        token_ids=tuple(found),
+        source="found",
+        reason=f"found on the training prompts, {best:.0%} more probable on harmful ones; the family's "
+        f"({', '.join(map(repr, request.family_openers))}) reach {share:.0%}",
+    )
+
+
+def _check_enough(counts: list[FilterCount], openers: Openers) -> None:
+    for count in counts:
+        if count.kept >= min(FEWEST, count.of):
+            continue
+        does = "refuses" if count.side == "harmful" else "answers"
+        raise RunError(
+            f"the model {does} only {count.kept} of {count.of} {count.side} {count.split} prompts (mean refusal score "
+            f"{count.mean_score:.2f} nats with the openers {', '.join(map(repr, openers.texts))})",
+            where=f"prompts.{count.side}",
+            hint="use prompts it treats as they are meant, name the openers in `select.openers`, or set "
+            "`prompts.filter: false`",
+        )

@@ -1,0 +1,61 @@
+"""Choose one of the directions found."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from refusalkit.artifacts import Candidates, Choice, PromptSplits, ScoreRow
+from refusalkit.errors import RunError
+from refusalkit.selector import SelectInputs, Selection, Selector
+from refusalkit.stages.bench import Bench
+
+
+def select(selector: Selector, candidates: Candidates, splits: PromptSplits, bench: Bench) -> Choice:
+    """Let the selector choose on the validation prompts; raises `RunError` when nothing survives."""
+    selection = selector.select(
+        SelectInputs(
+            directions=candidates.directions,
+            positions=candidates.positions,
+            site=candidates.site,
+            harmful=bench.tokens(splits.of("harmful", "validation")),
+            harmless=bench.tokens(splits.of("harmless", "validation")),
+            opener_ids=splits.openers.token_ids,
+            advance=bench.progress.advance,
+        ),
+        bench.engine,
+    )
+    chosen = next((score for score in selection.scores if score.status == "chosen"), None)
+    if chosen is None:
+        raise nothing_survived(selection)
+    row = candidates.positions.index(chosen.position)
+    return Choice(
+        selector=selector.selector,
+        position=chosen.position,
+        layer=chosen.layer,
+        direction=candidates.directions[row, chosen.layer].clone(),
+        scores=tuple(
+            ScoreRow(
+                position=score.position,
+                layer=score.layer,
+                refusal_score=score.refusal_score,
+                induced_score=score.induced_score,
+                kl_nats=score.kl_nats,
+                status=score.status,
+                extra=score.extra,
+            )
+            for score in selection.scores
+        ),
+        baseline_refusal_score=selection.baseline_refusal_score,
+        baseline_harmless_score=selection.baseline_harmless_score,
+    )
+
+
+def nothing_survived(selection: Selection) -> RunError:
+    """Say how many candidates fell to which filter, and what came closest."""
+    counts = Counter(score.status for score in selection.scores)
+    fell = "; ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    return RunError(
+        f"none of {len(selection.scores)} candidates survives: {fell}. Nearest miss: {selection.nearest_miss}",
+        where="select",
+        hint=selection.hint,
+    )

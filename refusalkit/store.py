@@ -1,0 +1,135 @@
+"""Keep stage results in a run directory: atomic writes, content keys, nothing computed twice.
+
+Each stage has a folder with `artifact.json` and, where it holds tensors, `tensors.safetensors`. A folder appears under
+its name only when both are complete on disk, so a run that is killed at any point leaves whole artifacts or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from refusalkit.errors import RunError
+
+if TYPE_CHECKING:
+    from refusalkit.artifacts import Artifact
+
+A = TypeVar("A", bound="Artifact")
+
+STAGES = ("prompts", "capture", "find", "select", "evaluate")
+
+
+def content_key(parts: Mapping[str, Any]) -> str:
+    """Hash `parts` (JSON values) to the key of the artifact that follows from them."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` so that a reader sees the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically; not-a-number is not JSON and is an error."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Write tensors as safetensors with `metadata` that says what they are, atomically."""
+    from safetensors.torch import save
+
+    payload = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=dict(metadata))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> RunError:
+    """Say that `path` could not be written, and why."""
+    return RunError(
+        f"cannot be written: {error.strerror or error}",
+        where=str(path),
+        hint="free some space or choose another folder with --out; finished stages are kept",
+    )
+
+
+class Store:
+    """Read and write the stage folders of one run directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def key(self, stage: str) -> str | None:
+        """Return the content key of the finished artifact of `stage`, or None."""
+        head = self._head(stage)
+        return None if head is None else str(head["key"])
+
+    def _head(self, stage: str) -> dict[str, Any] | None:
+        try:
+            document = json.loads((self.folder / stage / "artifact.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            # Not written by us: artifacts appear whole. Computing it again is what the user would do.
+            return None
+        return document if isinstance(document, dict) and "key" in document else None
+
+    def load(self, kind: type[A], key: str | None = None) -> A | None:
+        """Return the artifact of `kind`, or None where there is none with this key (any key, when None)."""
+        head = self._head(kind.stage)
+        if head is None or (key is not None and head["key"] != key):
+            return None
+        fields: dict[str, Any] = dict(head["value"])
+        tensors = self.folder / kind.stage / "tensors.safetensors"
+        if tensors.exists():
+            from safetensors.torch import load_file
+
+            fields.update(load_file(tensors))
+        return kind.model_validate(fields)
+
+    def save(self, artifact: Artifact, key: str, metadata: Mapping[str, str]) -> None:
+        """Write an artifact under `key`; the folder appears whole or not at all."""
+        import torch
+
+        tensors = {
+            name: value
+            for name in type(artifact).model_fields
+            if isinstance(value := getattr(artifact, name), torch.Tensor)
+        }
+        final = self.folder / artifact.stage
+        draft = self.folder / f".{artifact.stage}.{os.getpid()}.tmp"
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            if tensors:
+                write_tensors(draft / "tensors.safetensors", tensors, metadata)
+            value = json.loads(artifact.model_dump_json(exclude=set(tensors)))
+            write_json(draft / "artifact.json", {"version": 1, "key": key, "metadata": dict(metadata), "value": value})
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(draft, final)
+        except OSError as error:
+            raise cannot_write(final, error) from None
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,44 @@
+"""Find directions: what a direction-finding strategy is given and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """Hold the residual stream of one side's training prompts, read at the recipe's site."""
+
+    mean: Tensor
+    """[position, layer, d_model] float64: the mean over prompts."""
+    n_prompts: int
+    samples: Tensor | None = None
+    """[prompt, position, layer, d_model] float32, for strategies that need `samples`."""
+
+
+class Strategy(BaseModel, ABC):
+    """Provide a strategy: a frozen pydantic class whose fields are its YAML keys and whose docstring is its help.
+
+    Subclasses set the field `strategy` to their name: `strategy: Literal["pca"] = "pca"`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strategy: str
+    needs: ClassVar[Literal["means", "samples"]] = "means"
+    """What capture has to keep: the means alone, or every prompt's activations as well."""
+
+    @abstractmethod
+    def find(self, harmful: Captured, harmless: Captured) -> Tensor:
+        """Return a direction for every candidate: [position, layer, d_model], or [position, layer, rank, d_model].
+
+        Directions keep their natural length (steering adds them as they are); an exact zero means that there is
+        nothing to find at that place. The inputs must not be changed, and the same inputs must give the same result.
+        """

@@ -1,0 +1,125 @@
+"""Render instructions as the model expects them, and find the template's tokens by looking.
+
+Positions are never hard-coded: two instructions are rendered and tokenised, and what their token ids have in common at
+the end is the template after the instruction. Positions are negative, counted from the end of the prompt, so that
+prompts of different lengths agree on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from refusalkit.errors import InputError
+
+#: Instructions that share no first or last token, so that what they have in common is the template alone.
+_PROBES = ("Name a colour", "what is 17 plus 25?", "Sing (loudly)")
+
+
+@dataclass(frozen=True, eq=False)
+class ChatTemplate:
+    """Render instructions with a tokenizer's chat template."""
+
+    tokenizer: Any
+    system: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def text(self, instruction: str) -> str:
+        """Return the prompt as text, up to where the answer starts."""
+        messages = [{"role": "user", "content": instruction}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(
+                "the tokenizer has no chat template",
+                where=f"model.id {self.tokenizer.name_or_path!r}",
+                hint="take the chat (instruct) checkpoint of the model",
+            )
+        import jinja2
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.options
+            )
+        except jinja2.TemplateError as error:
+            raise InputError(
+                f"the chat template refuses this: {error}",
+                where="prompts.system" if self.system is not None else "prompts.template_options",
+                hint="this model's template takes no system prompt" if self.system is not None else None,
+            ) from None
+        return str(text)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return the token ids of a rendered text; the template has written the special tokens already."""
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def tokens(self, instruction: str) -> tuple[int, ...]:
+        """Return the token ids of a rendered instruction."""
+        return self.encode(self.text(instruction))
+
+    def around(self) -> tuple[str, str]:
+        """Return the text before and after the instruction."""
+        before, _, after = self.text(_PROBES[0]).partition(_PROBES[0])
+        return before, after
+
+    def suffix(self) -> tuple[int, ...]:
+        """Return the ids of the template tokens after the instruction, the same for every instruction.
+
+        Raises `InputError` when prompts have no token in common at the end.
+        """
+        rendered = [self.tokens(probe) for probe in _PROBES]
+        length = 0
+        while all(len(ids) > length and ids[-length - 1] == rendered[0][-length - 1] for ids in rendered):
+            length += 1
+        if length == 0:
+            raise InputError(
+                "the chat template puts no token after the instruction",
+                where="model.id",
+                hint="give `capture.positions` as numbers, such as -1",
+            )
+        return rendered[0][-length:]
+
+    def positions(self, wanted: Sequence[str | int]) -> tuple[int, ...]:
+        """Resolve position names and numbers to ascending negative positions."""
+        length = len(self.suffix())
+        found: set[int] = set()
+        for item in wanted:
+            if item == "post_instruction":
+                found.update(range(-length, 0))
+            elif item == "instruction_end":
+                found.add(-length - 1)
+            else:
+                found.add(int(item))
+        return tuple(sorted(found))
+
+    def labels(self, positions: Sequence[int]) -> tuple[str, ...]:
+        """Return the token at each position, or `…` where it differs from prompt to prompt."""
+        suffix = self.suffix()
+        return tuple(
+            self.tokenizer.decode([suffix[position]]) if -position <= len(suffix) else "…" for position in positions
+        )
+
+    def opener_ids(self, openers: Sequence[str]) -> tuple[int, ...]:
+        """Return the first token id of each opener as it is written at the start of an answer, without repeats."""
+        text = self.text(_PROBES[0])
+        prompt = self.encode(text)
+        ids: list[int] = []
+        for opener in openers:
+            full = self.encode(text + opener)
+            if full[: len(prompt)] != prompt or len(full) == len(prompt):
+                raise InputError(
+                    f"the opener {opener!r} merges with the end of the prompt in this tokenizer",
+                    where="select.openers",
+                    hint="write the opener without leading white space",
+                )
+            if full[len(prompt)] not in ids:
+                ids.append(full[len(prompt)])
+        return tuple(ids)
+
+    def digest(self) -> str:
+        """Return a hash of everything that decides how an instruction is rendered."""
+        parts = [self.tokenizer.chat_template, self.system, dict(self.options)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,493 @@
+"""Check the report: what its first sentence says, what it holds back, and that a browser draws it."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from refusalkit.artifacts import (
+    Candidates,
+    Choice,
+    Evaluation,
+    FilterCount,
+    Generated,
+    Openers,
+    PromptSplits,
+    Result,
+    ScoreRow,
+    Separation,
+    Template,
+    WeightEdit,
+)
+from refusalkit.errors import InputError
+from refusalkit.report import chart_names, chart_svg, render_html
+from refusalkit.report.charts import figures, svg
+from refusalkit.report.finding import sentence
+from refusalkit.report.measured import controls_of, in_order
+from refusalkit.report.wording import duration, number, position, token
+from refusalkit.run_directory import Run, read_run
+from refusalkit.store import Store, write_json, write_text
+
+ATTACK = "<script>alert('x')</script>"
+SECRET = "Certainly, zanzibar quillfeather step one"
+TOKENS = ("<|eot_id|>", "<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n")
+LABELS = ("none", "ablate", "ablate_random", "steer", "steer_random", "orthogonalize")
+N = 64
+SIDES = ("harmful", "harmless")
+RATES = {
+    "none": (63 / N, 1 / N),
+    "ablate": (2 / N, 0.0),
+    "ablate_random": (62 / N, 1 / N),
+    "steer": (1.0, 62 / N),
+    "steer_random": (63 / N, 2 / N),
+    "orthogonalize": (2 / N, 0.0),
+}
+
+
+def wilson(rate: float, n: int = N) -> tuple[float, float]:
+    z = 1.96
+    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def rate(intervention: str, side: str, value: float, n: int = N) -> Result:
+    low, high = wilson(value, n)
+    return Result(
+        intervention=intervention, prompts=side, metric="refusal_rate", value=value, low=low, high=high, n=n,
+        unit="fraction of prompts", kind="rate",
+    )  # fmt: skip
+
+
+def mean(intervention: str, side: str, metric: str, value: float, unit: str = "nats", spread: float = 0.1) -> Result:
+    return Result(
+        intervention=intervention, prompts=side, metric=metric, value=value, low=value - spread * abs(value),
+        high=value + spread * abs(value), n=N, unit=unit, kind="mean",
+    )  # fmt: skip
+
+
+def evaluation_of(rates: dict[str, tuple[float, float]]) -> Evaluation:
+    rows = [rate(name, side, value) for name, both in rates.items() for side, value in zip(SIDES, both, strict=True)]
+    return Evaluation(results=tuple(rows), generated=(), separation=())
+
+
+def score_row(place: tuple[int, int], n_layers: int, dice: random.Random) -> ScoreRow:
+    """Make up one candidate's scores: zero at layer 0, pruned at the end, and everything in between."""
+    index, layer = place
+    row = ScoreRow(position=index, layer=layer, refusal_score=None, induced_score=None, kl_nats=None, status="")
+    if layer == 0 and index > -4:
+        same = {"refusal_score": 6.0, "induced_score": -7.0, "kl_nats": 0.0}
+        return row.model_copy(update={**same, "status": "no difference between harmful and harmless here"})
+    if layer >= 0.8 * n_layers:
+        return row.model_copy(update={"status": "in the last layers, which are pruned"})
+    strength = math.sin(math.pi * (layer + 1) / n_layers) * (1 + 0.15 * index)
+    row = row.model_copy(update={"induced_score": -8 + 16 * strength + dice.gauss(0, 1)})
+    if (row.induced_score or 0) < 0:
+        return row.model_copy(update={"status": "induced score below 0"})
+    if dice.random() < 0.3:
+        return row.model_copy(update={"status": "KL above 0.1 nats"})
+    kl = min(0.099, 0.02 * math.exp(dice.gauss(0, 1)))
+    bypass = 6 - 12 * strength + dice.gauss(0, 1)
+    return row.model_copy(update={"refusal_score": bypass, "kl_nats": kl, "status": "survivor"})
+
+
+def choice_of(n_layers: int, positions: tuple[int, ...], rank: int = 1, d_model: int = 16) -> Choice:
+    dice = random.Random(0)
+    rows = [score_row((index, layer), n_layers, dice) for index in positions for layer in range(n_layers)]
+    best = min((row for row in rows if row.status == "survivor"), key=lambda row: row.refusal_score or 0)
+    rows = [row.model_copy(update={"status": "chosen"}) if row is best else row for row in rows]
+    shape = (d_model,) if rank == 1 else (rank, d_model)
+    return Choice(
+        selector="causal", position=best.position, layer=best.layer, direction=torch.ones(shape, dtype=torch.float64),
+        scores=tuple(rows), baseline_refusal_score=6.01, baseline_harmless_score=-7.02,
+    )  # fmt: skip
+
+
+def prompts_of(positions: tuple[int, ...]) -> PromptSplits:
+    def split(noun: str) -> dict[str, tuple[str, ...]]:
+        return {
+            name: tuple(f"Explain how to {noun} number {index} ({name})" for index in range(count))
+            for name, count in (("train", 120), ("validation", 30), ("test", N))
+        }
+
+    harmful, harmless = split("pick a lock"), split("bake a loaf of bread")
+    harmless["test"] = (f"Say {ATTACK} twice", *harmless["test"][1:])
+    filtered = tuple(
+        FilterCount(side=side, split=name, kept=n, of=128 if name == "train" else 32, mean_score=score)
+        for side, score in (("harmful", 5.8), ("harmless", -6.9))
+        for name, n in (("train", 120), ("validation", 30))
+    )
+    return PromptSplits(
+        harmful=harmful, harmless=harmless, positions=positions, position_tokens=(TOKENS * 3)[-len(positions):],
+        template=Template(
+            hash="5f3c" * 16, prefix="<|start_header_id|>user<|end_header_id|>\n\n", suffix="".join(TOKENS),
+            suffix_tokens=TOKENS,
+        ),
+        openers=Openers(
+            texts=("I cannot", "I'm sorry"), token_ids=(40, 358), source="family",
+            reason="The family's openers carry 97% of the first-token probability on harmful training prompts.",
+        ),
+        filtered=filtered, duplicates_dropped=3,
+    )  # fmt: skip
+
+
+def generated_of(label: str, side: str) -> Generated:
+    both = dict(zip(SIDES, RATES.get(label, (0.5, 0.5)), strict=True))
+    refused = tuple(index < both[side] * N for index in range(N))
+    answers = f"Mix flour, water and salt. {ATTACK} Rest the dough for an hour, then bake it until it is brown."
+    texts = tuple(
+        "I'm sorry, but I cannot help with that request. Please ask me something else." if said_no
+        else (SECRET + " of the answer" if side == "harmful" else answers)
+        for said_no in refused
+    )  # fmt: skip
+    return Generated(intervention=label, prompts=side, texts=texts, refused=refused)
+
+
+def separation_of(side: str, slope: float, steps: list[float]) -> Separation:
+    middle, low, high = (tuple(slope * step + shift for step in steps) for shift in (0, -0.1, 0.12))
+    return Separation(prompts=side, mean=middle, low=low, high=high)
+
+
+def full_evaluation(n_layers: int, labels: tuple[str, ...]) -> Evaluation:
+    results = []
+    for place, label in enumerate(labels):
+        both = RATES.get(label, (0.6, 0.4))
+        results += [rate(label, "harmful", both[0]), rate(label, "harmless", both[1])]
+        for side, value in zip(SIDES, both, strict=True):
+            results.append(mean(label, side, "refusal_score", 14 * value - 7.3))
+        results.append(mean(label, "harmless", "kl", 6.1 if label == "steer" else 0.013 * place))
+        results.append(mean(label, "harmless", "cross_entropy", 3.2 if label == "steer" else 0.41, "nats per token"))
+    steps = [layer / max(1, n_layers - 1) for layer in range(n_layers)]
+    separation = tuple(separation_of(side, slope, steps) for side, slope in (("harmful", 0.6), ("harmless", -0.2)))
+    edited = tuple(f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(n_layers))
+    edits = (WeightEdit(label="orthogonalize", edited=edited, untied=True, claim=None, max_logit_gap=3.1e-7),)
+    generated = tuple(generated_of(label, side) for label in labels for side in SIDES)
+    return Evaluation(results=tuple(results), generated=generated, separation=separation, weight_edits=edits)
+
+
+def write_run(
+    folder: Path,
+    *,
+    n_layers: int = 6,
+    n_positions: int = 5,
+    rank: int = 1,
+    labels: tuple[str, ...] = LABELS,
+    evaluation: Evaluation | None = None,
+) -> Path:
+    """Write a run directory as the stages would."""
+    positions = tuple(range(-n_positions, 0))
+    store = Store(folder)
+    choice = choice_of(n_layers, positions, rank)
+    shape = (n_positions, n_layers, 16) if rank == 1 else (n_positions, n_layers, rank, 16)
+    directions = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    artifacts = (
+        prompts_of(positions),
+        Candidates(strategy="difference_in_means", site="resid_pre", positions=positions, directions=directions),
+        choice,
+        evaluation or full_evaluation(n_layers, labels),
+    )
+    for artifact in artifacts:
+        store.save(artifact, "key", {})
+    recipe = {
+        "name": "quickstart", "description": f"Find the direction of a toy model {ATTACK}.",
+        "model": {"id": "tiny:llama", "revision": None}, "prompts": {"harmful": "tiny:harmful", "seed": 0},
+        "find": {"strategy": "difference_in_means"}, "evaluate": {"interventions": [], "seed": 7},
+    }  # fmt: skip
+    environment = {
+        "refusalkit": "0.1.0", "python": "3.11.9", "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "plugins": [{"name": "refusalkit-judges", "version": "0.2.0"}], "platform": "Linux-6.1-x86_64",
+        "device": "cpu", "dtype": "float32", "started": "2026-11-24T02:00:00Z",
+        "seconds": {"prompts": 1.2, "capture": 3.4, "find": 0.1, "select": 41.9, "evaluate": 75.2},
+        "model": {"id": "tiny:llama", "revision": "sha256:0123abcd", "adapter": "llama", "adapter_owner": "refusalkit",
+                  "architecture": "LlamaForCausalLM", "n_layers": n_layers, "d_model": 128, "d_vocab": 2048,
+                  "n_parameters": 912_384},
+        "forward_passes": {"capture": 8, "select": 123},
+    }  # fmt: skip
+    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    write_json(folder / "environment.json", environment)
+    write_json(folder / "summary.json", {"version": 1, "recipe": "quickstart"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return read_run(write_run(tmp_path_factory.mktemp("run") / "quickstart"))
+
+
+@pytest.fixture(scope="module")
+def page(run: Run) -> str:
+    return render_html(run)
+
+
+# Reading a run
+
+
+def test_a_folder_that_is_no_finished_run_names_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a folder"):
+        read_run(tmp_path / "nowhere")
+    folder = write_run(tmp_path / "run")
+    shutil.rmtree(folder / "evaluate")
+    (folder / "summary.json").unlink()
+    with pytest.raises(InputError, match=r"no summary\.json, evaluate/") as caught:
+        read_run(folder)
+    assert "refusalkit run" in (caught.value.hint or "")
+
+
+def test_a_damaged_file_is_an_input_error(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "environment.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_run(folder)
+    write_json(folder / "environment.json", {})
+    write_json(folder / "select" / "artifact.json", {"key": "k", "value": {"selector": "causal"}})
+    with pytest.raises(InputError, match="another version"):
+        read_run(folder)
+
+
+# The first sentence
+
+
+@pytest.fixture(scope="module")
+def choice() -> Choice:
+    return choice_of(6, (-2, -1))
+
+
+def test_a_strong_effect_is_said_with_its_numbers(choice: Choice) -> None:
+    said = sentence(choice, evaluation_of(RATES))
+    where = f"layer {choice.layer}, position {choice.position}"
+    assert said.startswith(f"One direction at {where} switches refusal off and on: removing it")
+    assert "removing it takes refusal of held-out harmful requests from 98% [92, 100] to 3% [1, 11]" in said
+    assert "adding it makes 97% [89, 99] of held-out harmless requests refused, up from 2% [0, 8]" in said
+    assert "; a random direction of the same norm changes the first by 2 points and the second by 2 points." in said
+
+
+def test_a_partial_effect_is_called_partial(choice: Choice) -> None:
+    said = sentence(choice, evaluation_of({"none": (0.9, 0.0), "ablate": (0.5, 0.0), "steer": (0.9, 0.25)}))
+    assert "changes refusal in part" in said
+    assert "removing it lowers refusal of held-out harmful requests only in part, from 90%" in said
+    assert "adding it raises refusal of held-out harmless requests only in part, from 0%" in said
+    assert "random" not in said
+
+
+def test_no_effect_is_said_plainly(choice: Choice) -> None:
+    said = sentence(choice, evaluation_of({"none": (0.9, 0.02), "ablate": (0.88, 0.02), "steer": (0.9, 0.03)}))
+    assert "has no measurable effect on refusal: removing it does not measurably change" in said
+    assert "(90% [80, 95] before, 88% [78, 94] after)" in said
+
+
+def test_one_strong_half_does_not_speak_for_the_other(choice: Choice) -> None:
+    no_adding = sentence(choice, evaluation_of({"none": (0.98, 0.02), "ablate": (0.03, 0.0), "steer": (0.9, 0.03)}))
+    assert "switches refusal off, but not on" in no_adding
+    some_adding = sentence(choice, evaluation_of({"none": (0.98, 0.02), "ablate": (0.03, 0.0), "steer": (0.9, 0.3)}))
+    assert "switches refusal off and, in part, on" in some_adding
+
+
+def test_an_effect_the_wrong_way_round_is_not_praised(choice: Choice) -> None:
+    said = sentence(choice, evaluation_of({"none": (0.3, 0.0), "ablate": (0.9, 0.0)}))
+    assert "does not act as a refusal direction should: removing it raises refusal" in said
+
+
+def test_a_random_direction_that_does_the_same_takes_the_credit_away(choice: Choice) -> None:
+    said = sentence(choice, evaluation_of({"none": (0.98, 0.0), "ablate": (0.03, 0.0), "ablate_random": (0.1, 0.0)}))
+    assert "changes refusal, but so does a random direction" in said
+    assert "changes this by 88 points" in said
+
+
+def test_missing_interventions_are_named(choice: Choice) -> None:
+    only_adding = sentence(choice, evaluation_of({"none": (0.98, 0.02), "steer(scale=2.0)": (1.0, 0.97)}))
+    assert "switches refusal on: adding it 2 times makes 97%" in only_adding
+    assert only_adding.endswith("Removing it was not measured in this run.")
+    weights = sentence(choice, evaluation_of({"none": (0.98, 0.02), "orthogonalize": (0.03, 0.0)}))
+    assert "removing it from the weights takes" in weights
+    subtracted = sentence(choice, evaluation_of({"none": (0.98, 0.02), "steer(scale=-1.0)": (0.03, 0.0)}))
+    assert "subtracting it takes" in subtracted
+    assert "did not measure" in sentence(choice, evaluation_of({"none": (0.98, 0.02)}))
+    assert "did not measure" in sentence(choice, Evaluation(results=(), generated=(), separation=()))
+
+
+def test_without_a_rate_the_sentence_rests_on_the_refusal_score() -> None:
+    rows = [mean("none", "harmful", "refusal_score", 6.0), mean("ablate", "harmful", "refusal_score", -7.0)]
+    said = sentence(choice_of(6, (-1,), rank=3), Evaluation(results=tuple(rows), generated=(), separation=()))
+    assert said.startswith("One subspace of 3 directions")
+    assert "takes the mean refusal score of held-out harmful requests from 6.00 [5.40, 6.60]" in said
+    assert "to −7.00 [−7.70, −6.30] nats" in said
+
+
+def test_not_a_number_counts_as_not_measured(choice: Choice) -> None:
+    nan = rate("ablate", "harmful", 0.5).model_copy(update={"value": math.nan, "low": math.nan, "high": math.nan})
+    said = sentence(choice, Evaluation(results=(rate("none", "harmful", 0.9), nan), generated=(), separation=()))
+    assert "did not measure" in said
+
+
+# Words
+
+
+def test_controls_follow_what_they_control_for() -> None:
+    given = ["steer_random(scale=-1.0)", "ablate_random_2", "ablate", "ablate_random", "steer(scale=-1.0)", "none"]
+    ordered = ("none", "ablate", "ablate_random_2", "ablate_random", "steer(scale=-1.0)", "steer_random(scale=-1.0)")
+    assert in_order(given) == ordered
+    assert controls_of("steer(scale=-1.0)", given) == ("steer_random(scale=-1.0)",)
+
+
+def test_numbers_and_tokens_are_readable() -> None:
+    assert [number(x) for x in (None, math.nan, 0.0, -7.123, 0.0312, 3.1e-7, 1234.5)] == [
+        "–", "–", "0", "−7.12", "0.0312", "3.10e−07", "1,234"]  # fmt: skip
+    assert [token(text) for text in ("\n\n", " a", "Ġthe", "▁x", "\u200b", "")] == [
+        "\\n\\n", "␣a", "␣the", "␣x", "\\u200b", "(empty)"]  # fmt: skip
+    assert position(-1, "\n") == "-1 \\n"
+    assert [duration(s) for s in (0.84, 250, 7500)] == ["0.8 s", "4 min 10 s", "2 h 5 min"]
+
+
+# The page
+
+
+def test_completions_to_harmful_prompts_are_nowhere_in_the_page(run: Run, page: str) -> None:
+    assert "zanzibar" not in page
+    assert "quillfeather" not in json.dumps(page)
+    assert "--show-completions" in page
+    assert "not refused" in page
+    assert "8 words" in page
+    assert "zanzibar" in render_html(run, show_completions=True)
+
+
+def test_everything_foreign_is_escaped(page: str) -> None:
+    assert ATTACK not in page
+    assert "<script>alert" not in page
+    assert html.escape("<script>") in page
+    assert page.count("<script") == page.count("</script>")
+
+
+def test_the_page_needs_nothing_else(page: str) -> None:
+    assert len(page.encode()) < 6_000_000
+    assert "default-src 'none'" in page
+    assert re.findall(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", page) == []
+    assert re.findall(r"@import|url\(\s*['\"]?http", page) == []
+    assert "<link" not in page
+
+
+def test_the_page_says_where_its_numbers_come_from(page: str) -> None:
+    for part in ("A toy model", "tiny:llama", "sha256:0123abcd", "evaluate.seed", "refusalkit-judges", "8 of 128",
+                 "3 duplicates", "KL above 0.1 nats", "equivalent to ablating", "carry 97% of"):  # fmt: skip
+        assert part in page, part
+
+
+def test_every_figure_can_be_saved_as_svg(run: Run) -> None:
+    drawn = {figure.name: figure for figure in figures(run)}
+    assert tuple(drawn) == (
+        "rate-refusal_rate",
+        "candidates-refusal_score",
+        "candidates-induced_score",
+        "candidates-kl_nats",
+        "separation",
+        "mean-kl",
+        "mean-cross_entropy",
+        "mean-refusal_score",
+    )
+    for figure in drawn.values():
+        assert svg(figure, "dark").startswith("<svg")
+    assert chart_svg(run, "separation").startswith("<svg")
+    with pytest.raises(ValueError, match="there are rate-refusal_rate"):
+        chart_svg(run, "nonsense")
+
+
+def test_odd_runs_still_make_a_page(tmp_path: Path) -> None:
+    bare = Evaluation(results=(mean("none", "harmless", "kl", math.nan),), generated=(), separation=())
+    page = render_html(read_run(write_run(tmp_path / "bare", rank=2, evaluation=bare)))
+    assert "One subspace of 2 directions" in page
+    assert "no metric that is a rate" in page
+    assert "none were written" in page
+    run = read_run(tmp_path / "bare")
+    other = {"refusal_score": None, "induced_score": None, "kl_nats": None, "extra": {"cosmic": 0.3}}
+    rows = tuple(row.model_copy(update=other) for row in run.choice.scores)
+    cosmic = replace(run, choice=run.choice.model_copy(update={"scores": rows}), environment={}, recipe={})
+    assert chart_names(cosmic) == ("candidates-cosmic",)
+    assert "nan" not in re.sub(r"(?s)<script.*?</script>|<img[^>]*>", "", render_html(cosmic)).lower().split()
+
+
+# In a browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HARNESS = """<!doctype html><meta charset="utf-8"><body><script>
+const found = {};
+const frames = %s.map(([page, width]) => {
+  const frame = document.createElement("iframe");
+  frame.style.cssText = `width:${width}px;height:900px;border:0`;
+  frame.src = page;
+  document.body.append(frame);
+  return [`${page} ${width}`, frame];
+});
+const timer = setInterval(() => {
+  for (const [name, frame] of frames) {
+    const page = frame.contentDocument;
+    if (!page?.documentElement?.dataset.drawn || found[name]) continue;
+    const root = page.documentElement, boxes = [...page.querySelectorAll(".chart")];
+    const right = (element) => element.getBoundingClientRect().right;
+    const wide = (element) => right(element) > root.clientWidth + 1 && !element.closest(".scroll");
+    found[name] = {
+      drawn: root.dataset.drawn, charts: boxes.length, svgs: boxes.filter((box) => box.querySelector("svg")).length,
+      overflow: root.scrollWidth - root.clientWidth,
+      outside: [...page.querySelectorAll("body *")].filter(wide).map((element) => element.outerHTML.slice(0, 120)),
+      flat: boxes.filter((box) => box.querySelector("svg").getBoundingClientRect().width < 200).length,
+    };
+  }
+  if (Object.keys(found).length === frames.length) {
+    clearInterval(timer);
+    document.body.innerHTML = "<pre></pre>";
+    document.querySelector("pre").textContent = JSON.stringify(found);
+  }
+}, 50);
+</script>"""
+
+
+def browse(folder: Path, mode: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """Open the harness in a headless browser with an empty profile."""
+    scheme = {"dark": 0, "light": 1}[mode]
+    with tempfile.TemporaryDirectory() as profile:
+        return subprocess.run(
+            [
+                str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+                "--disable-component-update", "--disable-sync", "--allow-file-access-from-files",
+                "--enable-logging=stderr", f"--user-data-dir={profile}", "--virtual-time-budget=20000",
+                "--window-size=1400,1000", f"--blink-settings=preferredColorScheme={scheme}", *more,
+                (folder / "harness.html").as_uri(),
+            ],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def large_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    long = "steer(scale=-1.0, layers=[10, 11, 12, 13], positions=post_instruction)"
+    labels = (*LABELS, "affine", long, "angular(degrees=90)", "conditional(threshold=0.25, gate=category)")
+    folder = tmp_path_factory.mktemp("large") / "run"
+    return render_html(read_run(write_run(folder, n_layers=80, n_positions=10, labels=labels)), show_completions=True)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_a_browser_draws_the_page(tmp_path: Path, page: str, large_page: str, mode: str) -> None:
+    (tmp_path / "small.html").write_text(page, encoding="utf-8")
+    (tmp_path / "large.html").write_text(large_page, encoding="utf-8")
+    frames = [[f"{name}.html", width] for name in ("small", "large") for width in (1280, 400)]
+    (tmp_path / "harness.html").write_text(HARNESS % json.dumps(frames), encoding="utf-8")
+    shown = browse(tmp_path, mode, "--dump-dom")
+    assert [line for line in shown.stderr.splitlines() if "CONSOLE" in line] == []
+    match = re.search(r"<pre>(.*)</pre>", shown.stdout, re.DOTALL)
+    assert match, "the page was not drawn in time"
+    found = json.loads(html.unescape(match.group(1)))
+    assert len(found) == 4
+    for name, measured in found.items():
+        expected = {"drawn": mode, "charts": 8, "svgs": 8, "overflow": 0, "outside": [], "flat": 0}
+        assert measured == expected, name
