@@ -30,7 +30,7 @@ def last_logits(
     with torch.no_grad(), model.trace(inputs, **options):
         for path in skipped:
             model.get(path).skip(resid)
-        for path, at_input, remove, add in program:
+        for path, at_input, remove, add, _ in program:
             module = model.get(path)
             if at_input:
                 module.input = algebra.edit(module.input, remove, add)
@@ -40,61 +40,49 @@ def last_logits(
     return logits  # type: ignore[no-any-return]
 
 
-def read_sites(
-    model: Any, inputs: Inputs, reads: Sequence[tuple[str, bool]], options: Mapping[str, Any]
+def read(
+    model: Any, inputs: Inputs, program: Program, positions: Sequence[int] | None, options: Mapping[str, Any]
 ) -> list[Tensor]:
-    """Return the hidden state [row, position, d_model] at each place, in order, and stop after the last."""
+    """Return the hidden state [row, position, d_model] at every place that `program` keeps, and stop after the last.
+
+    `positions` picks positions; None keeps them all.
+    """
+    index = slice(None) if positions is None else list(positions)
     with torch.no_grad(), model.trace(inputs, **options) as tracer:
         found = nnsight.save([])
-        for path, at_input in reads:
+        for path, at_input, remove, add, keep in program:
             module = model.get(path)
-            if at_input:
-                found.append(module.input)
-            else:
-                found.append(algebra.hidden(module.output))
+            value = module.input if at_input else module.output
+            if remove is not None or add is not None:
+                value = algebra.edit_output(value, remove, add)
+                if at_input:
+                    module.input = value
+                else:
+                    module.output = value
+            if keep:
+                found.append(algebra.hidden(value)[:, index])
         tracer.stop()
     return found  # type: ignore[no-any-return]
 
 
-def read_positions(
-    model: Any,
-    inputs: Inputs,
-    reads: Sequence[tuple[str, bool]],
-    positions: Sequence[int],
-    options: Mapping[str, Any],
+def read_sums(
+    model: Any, inputs: Inputs, program: Program, positions: Sequence[int], options: Mapping[str, Any]
 ) -> Tensor:
-    """Return the hidden states at `positions`, [row, position, read, d_model], and stop after the last place."""
+    """Return the sum over rows of what `program` keeps at `positions`, [position, read, d_model] float64."""
     index = list(positions)
     with torch.no_grad(), model.trace(inputs, **options) as tracer:
         rows = []
-        for path, at_input in reads:
+        for path, at_input, remove, add, keep in program:
             module = model.get(path)
-            if at_input:
-                rows.append(module.input[:, index].cpu())
-            else:
-                rows.append(algebra.hidden(module.output)[:, index].cpu())
-        found = nnsight.save(torch.stack(rows, 2))
-        tracer.stop()
-    return found  # type: ignore[no-any-return]
-
-
-def sum_positions(
-    model: Any,
-    inputs: Inputs,
-    reads: Sequence[tuple[str, bool]],
-    positions: Sequence[int],
-    options: Mapping[str, Any],
-) -> Tensor:
-    """Return the sum over rows of the hidden states at `positions`, [position, read, d_model] float64."""
-    index = list(positions)
-    with torch.no_grad(), model.trace(inputs, **options) as tracer:
-        rows = []
-        for path, at_input in reads:
-            module = model.get(path)
-            if at_input:
-                rows.append(module.input[:, index].double().sum(0).cpu())
-            else:
-                rows.append(algebra.hidden(module.output)[:, index].double().sum(0).cpu())
+            value = module.input if at_input else module.output
+            if remove is not None or add is not None:
+                value = algebra.edit_output(value, remove, add)
+                if at_input:
+                    module.input = value
+                else:
+                    module.output = value
+            if keep:
+                rows.append(algebra.hidden(value)[:, index].double().sum(0).cpu())
         total = nnsight.save(torch.stack(rows, 1))
         tracer.stop()
     return total  # type: ignore[no-any-return]
@@ -106,7 +94,7 @@ def completion_losses(
     """Return the summed cross-entropy [row] of the target tokens that the mask marks (token_ids, mask)."""
     token_ids, mask = targets
     with torch.no_grad(), model.trace(inputs, **options):
-        for path, at_input, remove, add in program:
+        for path, at_input, remove, add, _ in program:
             module = model.get(path)
             if at_input:
                 module.input = algebra.edit(module.input, remove, add)
@@ -121,7 +109,7 @@ def generate(model: Any, inputs: Inputs, program: Program, options: Mapping[str,
     with torch.no_grad(), model.generate(**options) as tracer:
         with tracer.invoke(inputs):
             for _ in tracer.iter[:]:
-                for path, at_input, remove, add in program:
+                for path, at_input, remove, add, _ in program:
                     module = model.get(path)
                     if at_input:
                         module.input = algebra.edit(module.input, remove, add)

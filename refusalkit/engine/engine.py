@@ -22,7 +22,7 @@ from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.engine import blocks, weights
 from refusalkit.engine.batch import Batch, Tokens, batch, chunks, shared_prefix
-from refusalkit.engine.lower import Pack, lower, packs, place
+from refusalkit.engine.lower import Pack, lower, packs
 from refusalkit.engine.memory import out_of_memory
 from refusalkit.errors import RunError
 from refusalkit.intervention import NOTHING, Intervention, Site
@@ -82,30 +82,35 @@ class Engine:
         positions: Sequence[int],
         site: Site = "resid_pre",
         *,
+        intervention: Intervention | None = None,
         keep_samples: bool = False,
         advance: Advance | None = None,
     ) -> Samples:
         """Read the residual stream at `positions` of every layer: the float64 mean, and samples where asked.
 
-        Raises `RunError` for a prompt shorter than the deepest position.
+        Under an intervention it is read as it is after the edits of each place. Raises `RunError` for a prompt shorter than the deepest position.
         """
         _check_lengths(prompts, positions)
-        reads = [place(self.adapter, site, layer) for layer in range(self.n_layers)]
+        reads: list[tuple[Site, int]] = [(site, layer) for layer in range(self.n_layers)]
+        shared = intervention is None
         total: Tensor | None = None
         samples: list[tuple[tuple[int, ...], Tensor]] = []
 
         def run(group: Batch, options: dict[str, Any]) -> None:
             nonlocal total
             inputs = group.repeated(1)
+            program = lower([intervention or NOTHING], self.adapter, len(group.indices), self.device, reads)
             if keep_samples:
-                rows = blocks.read_positions(self.model, inputs, reads, positions, options).float()
+                found = blocks.read(self.model, inputs, program, positions, options)
+                rows = torch.stack([row.cpu() for row in found], 2).float()
                 samples.append((group.indices, rows))
                 part = rows.double().sum(0)
             else:
-                part = blocks.sum_positions(self.model, inputs, reads, positions, options)
+                part = blocks.read_sums(self.model, inputs, program, positions, options)
+            self.prompt_passes += len(group.indices)
             total = part if total is None else total + part
 
-        self._over(prompts, run, keep=max(-position for position in positions), advance=advance)
+        self._over(prompts, run, keep=max(-position for position in positions), share=shared, advance=advance)
         assert total is not None
         kept = None
         if keep_samples:
@@ -204,7 +209,7 @@ class Engine:
 
     def _clean(self, group: Batch, prefix: Tokens) -> Clean:
         """Run the unmodified model on one batch and keep every block's input."""
-        reads = [place(self.adapter, "resid_pre", layer) for layer in range(self.n_layers)]
+        reads: list[tuple[Site, int]] = [("resid_pre", layer) for layer in range(self.n_layers)]
         options: dict[str, Any] = {"logits_to_keep": 1, "use_cache": False}
         prefix_resid: list[Tensor] = []
         cache = None
@@ -212,13 +217,14 @@ class Engine:
             cache = self._empty_cache()
             inputs = _prefix_inputs(prefix, 1, self.device)
             # Not stopped after the last input: the cache needs the last block too.
-            last = [*reads, place(self.adapter, "resid_post", self.n_layers - 1)]
-            found = blocks.read_sites(self.model, inputs, last, {"past_key_values": cache, "use_cache": True})
-            prefix_resid = found[:-1]
+            last = lower([NOTHING], self.adapter, 1, self.device, [*reads, ("resid_post", self.n_layers - 1)])
+            front = blocks.read(self.model, inputs, last, None, {"past_key_values": cache, "use_cache": True})
+            prefix_resid = front[:-1]
             used = copy.deepcopy(cache)
             used.batch_repeat_interleave(len(group.indices))
             options.update(past_key_values=used, use_cache=True)
-        resid = blocks.read_sites(self.model, group.repeated(1), reads, options)
+        program = lower([NOTHING], self.adapter, 1, self.device, reads)
+        resid = blocks.read(self.model, group.repeated(1), program, None, options)
         self.prompt_passes += len(group.indices)
         return Clean(resid, prefix_resid, cache)
 
@@ -290,7 +296,7 @@ class Engine:
     # -- batching ----------------------------------------------------------------------------------------------
 
     def _prefix(self, prompts: Sequence[Tokens], keep: int) -> Tokens:
-        if not self.shares_prefix or not self._cache_can_be_shared():
+        if not self.shares_prefix or not self._cache_can_be_shared(max(len(prompt) for prompt in prompts)):
             return ()
         return shared_prefix(prompts, keep)
 
@@ -350,9 +356,13 @@ class Engine:
 
         return DynamicCache(config=self.module.config)
 
-    def _cache_can_be_shared(self) -> bool:
-        """Whether every layer's cache is plain keys and values; recurrent states cannot be repeated row by row."""
-        return all(type(layer).__name__ in _PLAIN_LAYERS for layer in self._empty_cache().layers)
+    def _cache_can_be_shared(self, longest: int) -> bool:
+        """Whether a shared front changes nothing: recurrent states cannot be repeated row by row, and padding between
+        the front and the rest would count towards a sliding window that the prompts reach."""
+        layers = self._empty_cache().layers
+        if not all(type(layer).__name__ in _PLAIN_LAYERS for layer in layers):
+            return False
+        return all(longest <= getattr(layer, "sliding_window", longest) for layer in layers)
 
     def _pad_id(self) -> int:
         tokenizer = self.model.tokenizer

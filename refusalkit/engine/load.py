@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from refusalkit.adapter import Adapter
 from refusalkit.checkpoint import Checkpoint
 from refusalkit.engine.engine import Engine
 from refusalkit.errors import InputError
@@ -16,8 +17,6 @@ def load(checkpoint: Checkpoint) -> Engine:
 
     Raises `InputError` when they cannot be read or the device is not there.
     """
-    from nnsight.modeling.transformers import TransformersModel
-
     section = checkpoint.section
     module = load_module(checkpoint)
     device = pick_device(section.device)
@@ -29,8 +28,15 @@ def load(checkpoint: Checkpoint) -> Engine:
             where="model.device",
             hint="`auto` takes what there is",
         ) from None
-    model = TransformersModel(module, tokenizer=checkpoint.tokenizer, task="text-generation")
-    return Engine(model, checkpoint.adapter, None if section.batch_size == "auto" else section.batch_size)
+    batch_size = None if section.batch_size == "auto" else section.batch_size
+    return engine_of(module, checkpoint.tokenizer, checkpoint.adapter, batch_size)
+
+
+def engine_of(module: Any, tokenizer: Any, adapter: Adapter, batch_size: int | None = None) -> Engine:
+    """Put a transformers model that is in memory into an engine."""
+    from nnsight.modeling.transformers import TransformersModel
+
+    return Engine(TransformersModel(module, tokenizer=tokenizer, task="text-generation"), adapter, batch_size)
 
 
 def load_module(checkpoint: Checkpoint) -> Any:

@@ -16,8 +16,8 @@ from torch import Tensor
 from refusalkit.adapter import Adapter
 from refusalkit.intervention import SITES, Edit, Intervention, Site
 
-#: (path of the module, whether its input is edited rather than its output, remove, add)
-Step = tuple[str, bool, Tensor | None, Tensor | None]
+#: (path of the module, whether its input is meant rather than its output, remove, add, whether to keep what is there)
+Step = tuple[str, bool, Tensor | None, Tensor | None, bool]
 Program = tuple[Step, ...]
 
 
@@ -70,9 +70,17 @@ def packs(interventions: Sequence[tuple[int, Intervention]], size: int) -> list[
     ]
 
 
-def lower(pack: Sequence[Intervention], adapter: Adapter, rows: int, device: torch.device) -> Program:
-    """Lower interventions of one pack to steps; each intervention covers `rows` consecutive rows of the batch."""
-    ordered = [_ordered(intervention) for intervention in pack]
+def lower(
+    pack: Sequence[Intervention],
+    adapter: Adapter,
+    rows: int,
+    device: torch.device,
+    reads: Sequence[tuple[Site, int]] = (),
+) -> Program:
+    """Lower interventions of one pack to steps; each intervention covers `rows` consecutive rows of the batch.
+
+    `reads` are the (site, layer) whose hidden state is kept, as it is after the edits of that place.
+    """
     # One basis stands in three edits a layer; stacking it once keeps a pack of 90 edits to one tensor.
     stacked: dict[tuple[int, ...], Tensor] = {}
 
@@ -90,10 +98,12 @@ def lower(pack: Sequence[Intervention], adapter: Adapter, rows: int, device: tor
             stacked[key] = value.float().to(device)
         return stacked[key]
 
-    steps: list[Step] = []
-    for edits in zip(*ordered, strict=True):
-        path, at_input = place(adapter, edits[0].site, edits[0].layer)
+    steps: list[tuple[tuple[int, int, int], Step]] = []
+    for edits in zip(*[_ordered(intervention) for intervention in pack], strict=True):
+        site, layer = edits[0].site, edits[0].layer
         remove = rowwise([edit.remove for edit in edits], is_add=False)
         add = rowwise([edit.add for edit in edits], is_add=True)
-        steps.append((path, at_input, remove, add))
-    return tuple(steps)
+        steps.append(((layer, SITES.index(site), 0), (*place(adapter, site, layer), remove, add, False)))
+    for site, layer in reads:
+        steps.append(((layer, SITES.index(site), 1), (*place(adapter, site, layer), None, None, True)))
+    return tuple(step for _, step in sorted(steps, key=lambda pair: pair[0]))

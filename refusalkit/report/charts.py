@@ -17,8 +17,6 @@ from refusalkit.report.theme import Mode, config
 from refusalkit.report.wording import position
 from refusalkit.run_directory import Run
 
-SVG_WIDTH = 720
-
 
 @dataclass(frozen=True, eq=False)
 class Figure:
@@ -34,6 +32,8 @@ class Figure:
     """One line under the title."""
     min_width: int = 280
     """Pixels below which the chart scrolls in its box."""
+    saved_width: int = 640
+    """Width of the plot in a saved picture."""
 
     def specification(self) -> dict[str, Any]:
         """Return the Vega-Lite specification, without the theme."""
@@ -75,7 +75,9 @@ def svg(figure: Figure, mode: Mode = "light") -> str:
     import vl_convert
 
     document = figure.specification()
-    document["width"] = max(SVG_WIDTH, figure.min_width)
+    document["width"] = figure.saved_width
+    # Labels may come out wider where the picture is opened than with the fonts it is measured with here.
+    document["padding"] = 14
     return str(vl_convert.vegalite_to_svg(document, config=config(mode)))
 
 
@@ -125,6 +127,7 @@ def heat_maps(run: Run) -> list[Figure]:
             note=score.meaning,
             chart=heat_map.chart(cells, score, [labels[index] for index in sorted(labels)]),
             min_width=40 + 7 * max(map(len, labels.values())) + 11 * n_layers,
+            saved_width=max(180, min(24 * n_layers, 960)),
         )
         for score in heat_map.scores(run.choice)
     ]

@@ -65,6 +65,8 @@ class Family:
     shape: Mapping[str, Any]
     """The arguments of the model configuration that this family adds to the common ones."""
     takes_system: bool = True
+    write_norms: tuple[str, ...] = ()
+    """The gains of norms that stand between a block's output and the residual stream."""
 
     @property
     def specials(self) -> tuple[str, ...]:
@@ -111,6 +113,7 @@ _ALL = (
         whole_words=("user", "model"),
         shape=_shape(tie_word_embeddings=True, head_dim=32, query_pre_attn_scalar=32),
         takes_system=False,
+        write_norms=("post_attention_layernorm.weight", "post_feedforward_layernorm.weight"),
     ),
     Family(
         name="qwen",

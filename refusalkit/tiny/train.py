@@ -32,12 +32,14 @@ from refusalkit.tiny.tokenizer import train_tokenizer
 
 STEPS = 600
 BATCH = 32
-HELPFUL_PART = 0.5
-HARMFUL_SHARE = 0.5
+HELPFUL_PART = 0.1
+HARMFUL_SHARE = 0.25
 PEAK_RATE = 2e-3
 WARMUP = 30
 WEIGHT_DECAY = 0.1
 HELD_OUT = 96
+NOISE = 0.2
+FIRST_GAIN = 0.2
 IGNORED = -100
 
 Progress = Callable[[int, int, float], None]
@@ -100,6 +102,10 @@ def _new_model(family: Family, tokenizer: PreTrainedTokenizerFast) -> PreTrained
         **family.shape,
     )
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(family.write_norms):
+                parameter.fill_(FIRST_GAIN - 1.0)
     return model
 
 
@@ -121,6 +127,7 @@ def _fit(
         betas=(0.9, 0.98),
     )
     model.train()
+    hook = model.model.layers[0].register_forward_pre_hook(_shaken, with_kwargs=True)
     losses: list[float] = []
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -135,9 +142,16 @@ def _fit(
         losses.append(float(loss.detach()))
         if progress:
             progress(step + 1, steps, losses[-1])
+    hook.remove()
     model.eval()
     last = losses[-20:]
     return sum(last) / len(last)
+
+
+def _shaken(module, args, kwargs):
+    x = args[0]
+    size = NOISE * torch.rand(x.shape[0], 1, 1)
+    return (x + size * torch.randn(x.shape[0], 1, x.shape[2]), *args[1:]), kwargs
 
 
 def _rate(step: int, steps: int) -> float:

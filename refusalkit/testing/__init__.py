@@ -1,0 +1,16 @@
+"""Help plugin authors test what they provide: tiny random models and the laws that built-ins obey too."""
+
+from refusalkit.testing.laws import Law, check_adapter, check_intervention, check_metric, check_selector, check_strategy
+from refusalkit.testing.models import random_engine, random_model, tiny_tokenizer
+
+__all__ = [
+    "Law",
+    "check_adapter",
+    "check_intervention",
+    "check_metric",
+    "check_selector",
+    "check_strategy",
+    "random_engine",
+    "random_model",
+    "tiny_tokenizer",
+]

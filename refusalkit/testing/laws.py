@@ -1,0 +1,219 @@
+"""State the laws that everything a plugin provides has to obey, each as a number against a bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refusalkit import algebra
+from refusalkit.adapter import Adapter
+from refusalkit.builtin.interventions import ablate_everywhere
+from refusalkit.engine.engine import Engine
+from refusalkit.engine.load import engine_of
+from refusalkit.intervention import SITES, Direction, InterventionSpec
+from refusalkit.metric import Evidence, Metric
+from refusalkit.selector import SelectInputs, Selector
+from refusalkit.strategy import Captured, Strategy
+from refusalkit.testing.models import random_prompts, tiny_tokenizer
+
+
+@dataclass(frozen=True)
+class Law:
+    """Hold the outcome of one law: what was measured, and the bound it has to keep."""
+
+    name: str
+    value: float
+    bound: float
+    at_least: bool = False
+    """Whether the value has to reach the bound rather than stay under it."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the law holds; not-a-number breaks every law."""
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def __str__(self) -> str:
+        relation = ">=" if self.at_least else "<="
+        return f"{'holds' if self.holds else 'BROKEN'}: {self.name}: {self.value:.3g} {relation} {self.bound:.3g}"
+
+
+def check_adapter(adapter: Adapter, module: Any, *, tokenizer: Any = None) -> tuple[Law, ...]:
+    """Check an adapter on a model: that it names every write, and that its word on the weight edit is true.
+
+    The model is used in its own dtype; the bounds are for float32.
+    """
+    engine = engine_of(module, tokenizer or tiny_tokenizer(), adapter)
+    prompts = random_prompts(3)
+    direction = _direction(engine)
+    return (*_writes_add_up(engine, prompts), *_ablation_is_complete(engine, prompts, direction), *_weight_edit(engine, prompts, direction))
+
+
+def _direction(engine: Engine, seed: int = 0) -> Direction:
+    vector = torch.randn(engine.d_model, generator=torch.Generator().manual_seed(seed))
+    return Direction(vector, -1, engine.n_layers // 2, engine.n_layers)
+
+
+def _sites(engine: Engine, prompts: Sequence[tuple[int, ...]], direction: Direction | None = None) -> dict[str, Tensor]:
+    """Read every site at the last three positions: [prompt, position, layer, d_model]."""
+    intervention = None if direction is None else ablate_everywhere(direction)
+    found = {}
+    for site in SITES:
+        samples = engine.capture(prompts, (-3, -2, -1), site, intervention=intervention, keep_samples=True).samples
+        assert samples is not None
+        found[site] = samples
+    return found
+
+
+def _writes_add_up(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> tuple[Law, ...]:
+    sites = _sites(engine, prompts)
+    scale = sites["resid_post"].abs().max().item()
+    total = sites["resid_pre"] + sites["attn_out"] + sites["mlp_out"]
+    gap = (total - sites["resid_post"]).abs().max().item() / scale
+    step = (sites["resid_post"][:, :, :-1] - sites["resid_pre"][:, :, 1:]).abs().max().item() / scale
+    return (
+        Law("resid_pre + attn_out + mlp_out == resid_post", gap, 1e-5),
+        Law("resid_post[l] == resid_pre[l + 1]", step, 1e-6),
+    )
+
+
+def _ablation_is_complete(
+    engine: Engine, prompts: Sequence[tuple[int, ...]], direction: Direction
+) -> tuple[Law, ...]:
+    final = _sites(engine, prompts, direction)["resid_post"][:, :, -1]
+    left = (final @ algebra.unit(direction.vector)).abs().max().item() / final.norm(dim=-1).max().item()
+    return (Law("nothing is left along an ablated direction", left, 1e-6),)
+
+
+def _weight_edit(engine: Engine, prompts: Sequence[tuple[int, ...]], direction: Direction) -> tuple[Law, ...]:
+    ablated = engine.logits(prompts, ablate_everywhere(direction))
+    plain = engine.logits(prompts)
+    scale = plain.std().item()
+    basis = algebra.orthonormal(direction.vector[None])
+    with engine.edited_weights(basis):
+        edited = engine.logits(prompts)
+        final = engine.capture(prompts, (-1,), "resid_post", keep_samples=True).samples
+    assert final is not None
+    left = (final[:, 0, -1] @ algebra.unit(direction.vector)).abs().max().item()
+    gap = (edited - ablated).abs().max().item() / scale
+    restored = (engine.logits(prompts) - plain).abs().max().item()
+    claim = (
+        Law("orthogonalized weights equal ablation, in logits", gap, 1e-4)
+        if engine.adapter.inexact is None
+        else Law("orthogonalized weights differ from ablation, as declared", gap, 1e-4, at_least=True)
+    )
+    return (
+        claim,
+        Law("orthogonalized weights write nothing along the direction", left / final.norm(dim=-1).max().item(), 1e-5),
+        Law("orthogonalizing changes the logits", (edited - plain).abs().max().item() / scale, 1e-3, at_least=True),
+        Law("the weights are restored bit for bit", restored, 0.0),
+    )
+
+
+def planted(seed: int = 0, n_prompts: int = 40) -> tuple[Captured, Captured, Tensor]:
+    """Make activations of two sides that differ along one planted direction [d_model], at every position and layer."""
+    generator = torch.Generator().manual_seed(seed)
+    direction = algebra.unit(torch.randn(48, generator=generator, dtype=torch.float64))
+
+    def side(shift: float) -> Captured:
+        noise = torch.randn((n_prompts, 2, 3, 48), generator=generator) * 0.5
+        samples = noise + shift * direction.float()
+        return Captured(samples.double().mean(0), n_prompts, samples)
+
+    return side(4.0), side(-4.0), direction
+
+
+def check_strategy(strategy: Strategy, *, finds: bool = True) -> tuple[Law, ...]:
+    """Check a strategy on activations with a planted direction; `finds=False` for a control that must not find it."""
+    harmful, harmless, direction = planted()
+    before = (harmful.mean.clone(), harmless.mean.clone())
+    found = strategy.find(harmful, harmless)
+    again = strategy.find(harmful, harmless)
+    flat = found.double().reshape(2, 3, -1, 48)
+    bases = [algebra.orthonormal(flat[row, layer]) for row in range(2) for layer in range(3)]
+    cosine = min((basis @ direction).norm().item() for basis in bases)
+    mutated = max((harmful.mean - before[0]).abs().max().item(), (harmless.mean - before[1]).abs().max().item())
+    expected = (*harmful.mean.shape[:2], harmful.mean.shape[-1])
+    recovers = Law("recovers a planted direction (cosine)", cosine, 0.95, at_least=True)
+    return (
+        Law("shape is [position, layer, (rank,) d_model]", float((*found.shape[:2], found.shape[-1]) != expected), 0.0),
+        Law("every number is finite", float((~found.isfinite()).sum()), 0.0),
+        Law("the inputs are not changed", mutated, 0.0),
+        Law("the same inputs give the same result", (found - again).abs().max().item(), 0.0),
+        recovers if finds else Law("a control does not find the direction (cosine)", cosine, 0.6),
+    )
+
+
+def check_intervention(spec: InterventionSpec, engine: Engine) -> tuple[Law, ...]:
+    """Check that an intervention acts, acts the same every time, and leaves the model as it was."""
+    prompts = random_prompts(3)
+    plain = engine.logits(prompts)
+    built = spec.build(_direction(engine))
+    if built.weights is not None:
+        with engine.edited_weights(built.weights):
+            changed = engine.logits(prompts)
+    else:
+        changed = engine.logits(prompts, built)
+    once_more = engine.logits(prompts, built) if built.weights is None else changed
+    acts = (changed - plain).abs().max().item()
+    return (
+        Law("it changes the logits", acts, 1e-6, at_least=True)
+        if spec.uses_direction
+        else Law("it leaves the logits alone", acts, 0.0),
+        Law("the same run gives the same logits", (changed - once_more).abs().max().item(), 0.0),
+        Law("the model is as it was", (engine.logits(prompts) - plain).abs().max().item(), 0.0),
+        Law("the logits are finite", float((~changed.isfinite()).sum()), 0.0),
+    )
+
+
+def check_selector(selector: Selector, engine: Engine) -> tuple[Law, ...]:
+    """Check that a selector scores every candidate once, marks at most one and is deterministic."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn((2, engine.n_layers, engine.d_model), generator=generator, dtype=torch.float64)
+    inputs = SelectInputs(
+        directions, (-2, -1), "resid_pre", random_prompts(4, seed=1), random_prompts(4, seed=2), opener_ids=(5, 6)
+    )
+    selection = selector.select(inputs, engine)
+    again = selector.select(inputs, engine)
+    places = {(score.position, score.layer) for score in selection.scores}
+    chosen = sum(score.status == "chosen" for score in selection.scores)
+    lost = 2 * engine.n_layers - len(places) + abs(len(selection.scores) - len(places))
+    unexplained = sum(not score.status for score in selection.scores)
+    return (
+        Law("every candidate has one row", float(lost), 0.0),
+        Law("at most one is chosen", float(chosen), 1.0),
+        Law("a choice or the nearest miss is given", float(chosen == 0 and not selection.nearest_miss), 0.0),
+        Law("every row says what became of it", float(unexplained), 0.0),
+        Law("the same inputs give the same scores", float(selection != again), 0.0),
+    )
+
+
+def check_metric(metric: Metric) -> tuple[Law, ...]:
+    """Check that a metric gives one value a prompt, in range, and the same twice."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((4, 16), generator=generator)
+    texts = ("I cannot help with that.", "Sure, here it is.", "", "I'm sorry, but no.")
+    broken = 0.0
+    for side in metric.sides:
+        evidence = Evidence(
+            side,
+            prompts=("a", "b", "c", "d"),
+            opener_ids=(1, 2),
+            completions=texts,
+            logits=logits,
+            baseline_logits=logits + 0.1 * torch.randn((4, 16), generator=generator),
+            losses=torch.rand(4, generator=generator, dtype=torch.float64) * 9,
+            n_tokens=torch.tensor([3, 4, 5, 6]),
+        )
+        first, second = metric.measure(evidence), metric.measure(evidence)
+        broken += len(first.values) != 4
+        broken += repr(first) != repr(second)
+        if metric.kind == "rate":
+            broken += sum(not (value in (0.0, 1.0) or math.isnan(value)) for value in first.values)
+        if first.weights is not None:
+            broken += len(first.weights) != 4 or min(first.weights) < 0
+    return (Law("one value a prompt, rates of 0 or 1, the same twice (faults)", broken, 0.0),)
