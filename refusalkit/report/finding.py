@@ -59,8 +59,9 @@ class Effect:
 
     @property
     def control_matters(self) -> bool:
-        """Whether a random direction did something measurable too."""
-        return any(_apart(self.before, row) for row in self.controls)
+        """Whether a random direction did measurably something, and at least half as much."""
+        half = abs(self.after.value - self.before.value) / 2
+        return any(_apart(self.before, row) and abs(row.value - self.before.value) >= half for row in self.controls)
 
     @property
     def what(self) -> str:
