@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,17 +71,32 @@ def open_checkpoint(section: ModelSection, registry: Registry) -> Checkpoint:
     from transformers import AutoConfig, AutoTokenizer
 
     source = _source(section)
-    where = f"model.id {section.id!r}"
-    options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        adapter = _resolve(section, config, registry)
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **options)
-    except (OSError, ValueError) as error:
-        raise InputError(_first_line(error), where=where, hint=_how_to_name(section)) from None
+    config = _read(AutoConfig, "configuration", source, section)
+    adapter = _resolve(section, config, registry)
+    if section.adapter is not None:
+        _check_fits(section, config, adapter)
+    tokenizer = _read(AutoTokenizer, "tokenizer", source, section, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Checkpoint(section, source, _revision(source, config), config, tokenizer, adapter)
+
+
+def _read(kind: Any, what: str, source: str, section: ModelSection, **options: Any) -> Any:
+    """Let transformers read a part of the checkpoint; whatever it makes of a broken file is the user's to know."""
+    try:
+        return kind.from_pretrained(
+            source, revision=section.revision, trust_remote_code=section.trust_remote_code, **options
+        )
+    except Exception as error:  # noqa: BLE001
+        lines = str(error).strip().splitlines()
+        said = lines[0].strip() if isinstance(error, OSError | ValueError) and lines else repr(error)
+        raise InputError(
+            f"the {what} cannot be read: {said}",
+            where=f"model.id {section.id!r}",
+            hint="read the code in the checkpoint, and if you trust it set `model.trust_remote_code: true`"
+            if "custom code" in str(error) and not section.trust_remote_code
+            else _HOW_TO_NAME,
+        ) from None
 
 
 def _source(section: ModelSection) -> str:
@@ -88,8 +104,14 @@ def _source(section: ModelSection) -> str:
     if scheme == "tiny":
         from refusalkit import tiny
 
+        if family not in tiny.FAMILIES:
+            names = [f"tiny:{name}" for name in tiny.FAMILIES]
+            raise InputError(
+                "no such embedded model", where=f"model.id {section.id!r}", hint=nearest(section.id, names)
+            )
         return str(tiny.checkpoint(family))
-    path = Path(section.id).expanduser()
+    # os.path leaves an unknown user's `~name` as it is, where pathlib raises an error that says nothing of the model.
+    path = Path(os.path.expanduser(section.id))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(
@@ -97,19 +119,33 @@ def _source(section: ModelSection) -> str:
             )
         return str(path)
     if section.id.startswith((".", "/", "~")) or path.is_file():
-        raise InputError("there is no such folder", where=f"model.id {section.id!r}", hint=_how_to_name(section))
+        raise InputError("there is no such folder", where=f"model.id {section.id!r}", hint=_HOW_TO_NAME)
     return section.id
 
 
-def _how_to_name(section: ModelSection) -> str:
-    return (
-        "name a folder with a config.json, a model hub name you can reach (with no network: one that is cached), "
-        "or an embedded model such as tiny:llama"
-    )
+_HOW_TO_NAME = (
+    "name a folder with a config.json, a model hub name you can reach (with no network: one that is cached), "
+    "or an embedded model such as tiny:llama"
+)
 
 
-def _first_line(error: Exception) -> str:
-    return f"cannot be read: {str(error).strip().splitlines()[0]}" if str(error).strip() else "cannot be read"
+def _check_fits(section: ModelSection, config: Any, adapter: Adapter) -> None:
+    """Refuse an adapter named in the recipe whose modules this architecture does not have."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+    known = {name for name, _ in model.named_modules()}
+    paths = [adapter.embedding, adapter.blocks, adapter.final_norm, adapter.unembedding]
+    paths += [f"{adapter.blocks}.0.{write.output}" for write in adapter.writes]
+    missing = [path for path in paths if path not in known]
+    if missing:
+        raise InputError(
+            f"the adapter {adapter.name!r} does not fit {_architecture(config)}, which has no {', '.join(missing)}",
+            where="model.adapter",
+            hint="leave it out to take the adapter that matches the checkpoint",
+        )
 
 
 def _architecture(config: Any) -> str:

@@ -19,6 +19,8 @@ from refusalkit.errors import InputError, RefusalkitError
 
 if TYPE_CHECKING:
     from refusalkit.plan import Plan
+    from refusalkit.recipe import Recipe
+    from refusalkit.registry import Registry
 
 app = typer.Typer(
     name="refusalkit",
@@ -76,12 +78,16 @@ def _say(error: RefusalkitError) -> None:
     print(f"error: {error}", file=sys.stderr)
 
 
-def _plan(recipe: Path, settings: list[str] | None) -> Plan:
+def _load(recipe: Path, settings: list[str] | None) -> tuple[Recipe, Registry]:
     from refusalkit.recipe_file import load_recipe
     from refusalkit.registry import load_registry
 
     registry = load_registry()
-    checked = load_recipe(recipe, registry, settings or ())
+    return load_recipe(recipe, registry, settings or ()), registry
+
+
+def _plan(recipe: Path, settings: list[str] | None) -> Plan:
+    checked, registry = _load(recipe, settings)
     from refusalkit.plan import make_plan
 
     _quiet()
@@ -214,9 +220,16 @@ def bake(
     recipe = source / "recipe.yaml" if is_run else source
     if is_run and not recipe.is_file():
         raise InputError("the folder holds no run", where=str(source), hint="name a recipe, or a run's folder")
-    made = _plan(recipe, settings)
-    folder = source if is_run else _out(made, None)
-    if not is_run:
+    if is_run:
+        # The prompts are not needed again, and may lie elsewhere.
+        checked, registry = _load(recipe, settings)
+        from refusalkit.checkpoint import open_checkpoint
+
+        _quiet()
+        folder, checkpoint = source, open_checkpoint(checked.model, registry)
+    else:
+        made = _plan(recipe, settings)
+        folder, checkpoint = _out(made, None), made.checkpoint
         _execute(made, folder, Until.select)
     from refusalkit.artifacts import Choice
     from refusalkit.bake import bake as write_checkpoint
@@ -225,7 +238,7 @@ def bake(
     choice = Store(folder).load(Choice)
     if choice is None:
         raise InputError("the run has not chosen a direction yet", where=str(folder), hint="run its recipe first")
-    edited = write_checkpoint(made.checkpoint, choice, out)
+    edited = write_checkpoint(checkpoint, choice, out)
     print(f"{len(edited.names)} parameters changed", file=sys.stderr)
     print(out)
 

@@ -6,6 +6,8 @@ stage's content key hashes what decides its result, so a finished stage is recog
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +70,8 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
     checkpoint = open_checkpoint(recipe.model, registry)
     template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, _options(recipe, checkpoint))
     wanted = recipe.capture.positions
+    if recipe.select.openers != "auto":
+        _check_openers(recipe.select.openers, template)
     request = Request(
         harmful=pools["harmful"],
         harmless=pools["harmless"],
@@ -81,6 +85,8 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
 
 def _options(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
     options: dict[str, Any] = dict(recipe.prompts.template_options)
+    for name in options:
+        _check_variable(name, checkpoint, f"prompts.template_options.{name}")
     if recipe.prompts.thinking is not None:
         variable = checkpoint.adapter.family.thinking
         if variable is None:
@@ -89,8 +95,32 @@ def _options(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
                 where="prompts.thinking",
                 hint="leave it out, or set the template's own variable in `prompts.template_options`",
             )
+        _check_variable(variable, checkpoint, "prompts.thinking")
         options[variable] = recipe.prompts.thinking
     return options
+
+
+def _check_openers(openers: tuple[str, ...], template: ChatTemplate) -> None:
+    """Find out before any weight is loaded whether the openers can be turned into tokens."""
+    if not openers:
+        raise InputError("lists no opener", where="select.openers", hint="name some, or write `auto`")
+    template.opener_ids(openers)
+
+
+def _check_variable(name: str, checkpoint: Checkpoint, where: str) -> None:
+    """Refuse a variable that the chat template never reads: switching it would change nothing and raise nothing."""
+    import inspect
+
+    template = str(checkpoint.tokenizer.chat_template)
+    reserved = {"messages", *inspect.signature(checkpoint.tokenizer.apply_chat_template).parameters}
+    words = set(re.findall(r"\b[A-Za-z_]\w*\b", template))
+    if name in reserved or name not in words:
+        close = difflib.get_close_matches(name, words - reserved, n=1, cutoff=0.7)
+        raise InputError(
+            f"the chat template has no variable {name!r} to set",
+            where=where,
+            hint=f"did you mean {close[0]!r}?" if close else "leave it out, or read the checkpoint's chat template",
+        )
 
 
 def read_pools(section: PromptsSection, folder: Path, registry: Registry) -> dict[Side, dict[Split, tuple[str, ...]]]:
@@ -134,9 +164,15 @@ def read_source(address: str, folder: Path, registry: Registry, where: str) -> M
     source = registry.prompt_sources.get(scheme)
     if source is None or not separator:
         known = list(registry.prompt_sources)
-        hint = nearest(scheme, known) if separator else f"write SCHEME:ADDRESS, such as file:prompts.txt; {known}"
+        schemes = f"the schemes are {', '.join(known)}"
+        hint = nearest(scheme, known) if separator else f"write SCHEME:ADDRESS, such as file:{address}; {schemes}"
         raise InputError(f"{address!r} names no prompt source", where=where, hint=hint)
-    return source.read(rest, folder)
+    try:
+        return source.read(rest, folder)
+    except InputError as error:
+        # The source knows the file and the line; which side and split it was read for is known here.
+        error.where = f"{where}: {error.where}" if error.where else where
+        raise
 
 
 def _keys(

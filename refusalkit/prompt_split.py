@@ -15,13 +15,21 @@ def normalized(prompt: str) -> str:
     return " ".join(prompt.casefold().split())
 
 
+def without_duplicates(prompts: Sequence[str]) -> tuple[tuple[str, ...], int]:
+    """Keep the first of prompts that differ only in case or white space; return them and how many were dropped."""
+    kept: dict[str, str] = {}
+    for prompt in prompts:
+        kept.setdefault(normalized(prompt), prompt)
+    return tuple(kept.values()), len(prompts) - len(kept)
+
+
 def split_pool(prompts: Sequence[str], sizes: Mapping[str, int], seed: int, where: str) -> dict[str, tuple[str, ...]]:
     """Draw disjoint splits of the given sizes from one pool, by seed; what is left over is not used.
 
     Prompts that differ only in case or white space count once, so no two splits can share one. Raises `InputError`
     when the pool is too small.
     """
-    distinct = list({normalized(prompt): prompt for prompt in reversed(prompts)}.values())[::-1]
+    distinct, _ = without_duplicates(prompts)
     needed = sum(sizes[split] for split in SPLITS)
     if len(distinct) < needed:
         asked = " + ".join(f"{sizes[split]} {split}" for split in SPLITS)
@@ -46,10 +54,11 @@ def check_leaks(parts: Iterable[tuple[str, str, Sequence[str]]]) -> None:
     seen: dict[str, tuple[str, str]] = {}
     leaks = []
     for side, split, prompts in parts:
-        for prompt in dict.fromkeys(normalized(prompt) for prompt in prompts):
-            if prompt in seen:
-                leaks.append((prompt, seen[prompt], (side, split)))
-            seen[prompt] = (side, split)
+        # A prompt that stands twice in one split is a duplicate, not a leak.
+        for prompt in without_duplicates(prompts)[0]:
+            first = seen.setdefault(normalized(prompt), (side, split))
+            if first != (side, split):
+                leaks.append((prompt, first, (side, split)))
     if leaks:
         shown = "; ".join(
             f"{prompt[:60]!r} in {'.'.join(first)} and {'.'.join(second)}" for prompt, first, second in leaks[:3]

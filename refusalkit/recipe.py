@@ -12,7 +12,16 @@ from functools import reduce
 from operator import or_
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, create_model, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    create_model,
+    field_validator,
+)
 
 from refusalkit.intervention import InterventionSpec, Site
 from refusalkit.metric import Metric
@@ -21,6 +30,9 @@ from refusalkit.selector import Selector
 from refusalkit.strategy import Strategy
 
 Position = Literal["post_instruction", "instruction_end"] | Annotated[int, Field(lt=0)]
+#: Numbers are numbers here: YAML's `yes` is not 1.
+Count = Annotated[int, Field(ge=1, strict=True)]
+Seed = Annotated[int, Field(strict=True)]
 
 
 class Section(BaseModel):
@@ -42,7 +54,7 @@ class ModelSection(Section):
     """The weights' type; `auto` takes the checkpoint's own, and float32 for the embedded models."""
     device: str = "auto"
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
-    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    batch_size: Literal["auto"] | Count = "auto"
     """Prompts a forward pass; `auto` starts at 32 and halves when memory runs out. Results do not depend on it."""
     where: Literal["local"] = "local"
     """Where the model runs: `local`, this machine."""
@@ -68,13 +80,13 @@ class PromptsSection(Section):
     """Requests the model should refuse: one source that is split by the seed, or one source a split."""
     harmless: str | PromptFiles
     """Requests the model should answer."""
-    train: Annotated[int, Field(ge=1)] = 128
+    train: Count = 128
     """Prompts a side for finding directions, before the filter; at most this many from a source that is split."""
-    validation: Annotated[int, Field(ge=1)] = 32
+    validation: Count = 32
     """Prompts a side for selecting, before the filter."""
-    test: Annotated[int, Field(ge=1)] = 64
+    test: Count = 64
     """Prompts a side for the evaluation; never filtered."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides which prompts of a source land in which split."""
     filter: bool = True
     """Keep only harmful prompts the model refuses and harmless ones it answers, by refusal score, in train and
@@ -104,12 +116,24 @@ class EvaluateSection(Section):
     """What to compare; the unmodified model is always measured too."""
     metrics: tuple[Metric, ...]
     """What to measure."""
-    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    max_new_tokens: Count = 64
     """Length of the greedy completions; a completion ends earlier at the model's end-of-turn token."""
-    controls: Annotated[int, Field(ge=0)] = 1
+    controls: Annotated[int, Field(ge=0, strict=True)] = 1
     """How many random directions of the same norm to put through every intervention that uses the direction."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random directions and of the bootstrap."""
+
+    @field_validator("interventions", "metrics")
+    @classmethod
+    def _listed_once(
+        cls, listed: tuple[InterventionSpec | Metric, ...], info: ValidationInfo
+    ) -> tuple[InterventionSpec | Metric, ...]:
+        if info.field_name == "metrics" and not listed:
+            raise ValueError("lists nothing to measure")
+        for number, item in enumerate(listed):
+            if item in listed[:number]:
+                raise ValueError(f"lists {item.label if isinstance(item, InterventionSpec) else item.metric} twice")
+        return listed
 
 
 class Recipe(Section):
@@ -167,8 +191,9 @@ def recipe_type(registry: Registry) -> type[Recipe]:
         select=(selector, Field("causal", validate_default=True)),
         evaluate=(evaluate, Field(default_factory=dict, validate_default=True)),
     )
-    _inherit_descriptions(made)
+    # The section before the recipe, which takes its schema over.
     _inherit_descriptions(evaluate)
+    _inherit_descriptions(made)
     return made
 
 

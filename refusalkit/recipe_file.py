@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from refusalkit.errors import InputError
 from refusalkit.recipe import Recipe, recipe_type
+from refusalkit.recipe_faults import KeyPath, described, explain, faults, nan_at
 from refusalkit.registry import Registry, nearest
 
-KeyPath = tuple[str | int, ...]
 
-
-class Source(NamedTuple):
-    """Hold a parsed YAML document and the line on which every key stands."""
+@dataclass(frozen=True)
+class Source:
+    """Hold a parsed YAML document, the line on which every key stands, and what `--set` put in its place."""
 
     path: Path
     data: dict[str, Any]
     lines: dict[KeyPath, int]
+    settings: dict[KeyPath, str] = field(default_factory=dict)
 
     def where(self, keys: KeyPath) -> str:
-        """Return `file:line: key.path`, the line being that of the longest part of the path that is written down."""
+        """Return `file:line: key.path`, or the setting, by the longest part of the path that is written down."""
         shown = ".".join(str(key) for key in keys)
         for length in range(len(keys), 0, -1):
+            if keys[:length] in self.settings:
+                return f"--set {self.settings[keys[:length]]}"
             line = self.lines.get(keys[:length])
             if line is not None:
-                return f"{self.path}:{line}: {shown}" if shown else f"{self.path}:{line}"
+                return f"{self.path}:{line}: {shown}"
         return f"{self.path}: {shown}" if shown else str(self.path)
 
 
@@ -46,8 +50,20 @@ def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = ()) ->
 
 def read_source(path: Path) -> Source:
     """Parse the YAML at `path`, safely, remembering where every key stands."""
+    lines: dict[KeyPath, int] = {}
+    data = _parse(_text(path), path, lines)
+    if not isinstance(data, dict):
+        raise InputError(
+            f"holds {described(data)}, not keys and values",
+            where=str(path),
+            hint="start with `name:`, `model:` and `prompts:`",
+        )
+    return Source(path, data, lines)
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         names = sorted(entry.name for entry in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = nearest(path.name, names) if names else "a recipe is a YAML file; `recipes/quickstart.yaml` is one"
@@ -55,34 +71,50 @@ def read_source(path: Path) -> Source:
     except IsADirectoryError:
         raise InputError("this is a folder, not a recipe", where=str(path), hint="name the YAML file in it") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"byte {error.start} is not UTF-8", where=str(path), hint="save the recipe as UTF-8") from None
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"byte {error.start} is not UTF-8", where=f"{path}:{line}", hint="save the recipe as UTF-8"
+        ) from None
     except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path), hint="name a YAML file") from None
+    except ValueError as error:  # a name with a null character never reaches the file system
+        raise InputError(f"cannot be read: {error}", where=repr(str(path)), hint="name a YAML file") from None
+
+
+def _parse(text: str, path: Path, lines: dict[KeyPath, int]) -> Any:
+    """Read one YAML document and note in `lines` where every key stands."""
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
-        lines: dict[KeyPath, int] = {}
-        if node is not None:
-            _index(node, (), lines, path)
-        data = loader.construct_document(node) if node is not None else None
+        if node is None:
+            return None
+        _index(node, (), path, lines, set())
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
+        plain = isinstance(error, yaml.constructor.ConstructorError)
         raise InputError(
             f"not YAML: {error.problem or error.context}",
             where=f"{path}:{line}",
-            hint="check the indentation and that text with ': ' or '#' in it is quoted",
+            hint="write text, numbers, lists and keys only; tags are not for recipes"
+            if plain
+            else "check the indentation and that text with ': ' or '#' in it is quoted",
         ) from None
-    except yaml.YAMLError as error:
-        raise InputError(f"not YAML: {error}", where=str(path), hint="a recipe is plain text") from None
-    if not isinstance(data, dict):
-        seen = "nothing" if data is None else f"a {type(data).__name__}"
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
         raise InputError(
-            f"holds {seen}, not keys and values", where=str(path), hint="start with `name:`, `model:` and `prompts:`"
-        )
-    return Source(path, data, lines)
+            f"not YAML: {error.reason}", where=f"{path}:{line}", hint="a recipe is plain text without control codes"
+        ) from None
+    except (RecursionError, ValueError) as error:  # a date that is none, a number too long, lists without end
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"not YAML that can be read: {reason}", where=str(path), hint="quote what is text") from None
 
 
-def _index(node: yaml.Node, keys: KeyPath, lines: dict[KeyPath, int], path: Path) -> None:
+def _index(node: yaml.Node, keys: KeyPath, path: Path, lines: dict[KeyPath, int], seen: set[int]) -> None:
+    # What an alias repeats is indexed once: a few lines of aliases can stand for billions of keys, or for themselves.
+    if id(node) in seen:
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         for key_node, value in node.value:
             here = (*keys, str(key_node.value))
@@ -94,119 +126,61 @@ def _index(node: yaml.Node, keys: KeyPath, lines: dict[KeyPath, int], path: Path
                     hint="keep one of them",
                 )
             lines[here] = line
-            _index(value, here, lines, path)
+            _index(value, here, path, lines, seen)
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
             lines[(*keys, number)] = value.start_mark.line + 1
-            _index(value, (*keys, number), lines, path)
+            _index(value, (*keys, number), path, lines, seen)
 
 
 def _apply(source: Source, setting: str) -> None:
     key, separator, text = setting.partition("=")
     where = f"--set {setting}"
-    if not separator or not key.strip():
+    *parents, last = keys = tuple(key.strip().split("."))
+    if not separator or not all(keys):
         raise InputError("not of the form key=value", where=where, hint="for example --set model.dtype=float32")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"the value is not YAML: {error}", where=where, hint="quote it for the shell") from None
-    *parents, last = key.strip().split(".")
     target: Any = source.data
     for depth, part in enumerate(parents):
         # A bare name (`select: causal`) stands for a mapping, so a setting below it turns it into one.
         if isinstance(target.get(part), str) and part in _NAMED_SECTIONS:
             target[part] = {_NAMED_SECTIONS[part]: target[part]}
+        if part not in target:
+            source.settings[keys[: depth + 1]] = setting
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
             raise InputError(
                 f"{'.'.join(parents[: depth + 1])} is not a section", where=where, hint="set the whole value instead"
             )
-    target[last] = value
+    target[last] = _value(text, where)
+    source.settings[keys] = setting
+    for written in [written for written in source.lines if written[: len(keys)] == keys]:
+        del source.lines[written]
 
 
 _NAMED_SECTIONS = {"find": "strategy", "select": "selector"}
 
 
+def _value(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise InputError(f"the value is not YAML: {reason}", where=where, hint="quote it for the shell") from None
+
+
 def check(source: Source, registry: Registry) -> Recipe:
     """Check parsed YAML against the recipe model; raise the first error in the words of the user's file."""
+    nan = nan_at(source.data)
+    if nan is not None:
+        raise InputError("not a number", where=source.where(nan), hint="write a number, or leave the key out")
     made = recipe_type(registry)
     try:
         return made.model_validate(source.data)
     except ValidationError as error:
-        found = [_explain(source, made, registry, item) for item in error.errors(include_url=False)]
-    first = found[0]
+        found = [explain(fault, made, registry) for fault in faults(source.data, error)]
+    keys, first = found[0]
+    first.where = source.where(keys)
     if len(found) > 1:
-        first.message += f" (and {len(found) - 1} more: {'; '.join(str(item.where) for item in found[1:4])})"
+        more = ", ".join(".".join(map(str, keys)) for keys, _ in found[1:4])
+        first.message += f" (and {len(found) - 1} more: {more})"
     raise first
-
-
-def _explain(source: Source, made: type[Recipe], registry: Registry, item: Any) -> InputError:
-    kind, keys, context = item["type"], tuple(item["loc"]), item.get("ctx", {})
-    written = _as_written(source.data, keys)
-    if kind == "extra_forbidden":
-        names = _siblings(made, registry, keys)
-        return InputError(f"unknown key {keys[-1]!r}", where=source.where(written), hint=nearest(str(keys[-1]), names))
-    if kind == "missing":
-        return InputError(f"{keys[-1]!r} is missing", where=source.where(written), hint=f"add `{keys[-1]}:`")
-    if kind == "union_tag_invalid":
-        names = [name.strip().strip("'") for name in context["expected_tags"].split(",")]
-        noun = context["discriminator"].strip("'")
-        return InputError(
-            f"no {noun} is called {context['tag']!r}",
-            where=source.where(written),
-            hint=f"{nearest(context['tag'], names)} (`refusalkit plugins` lists what is installed)",
-        )
-    if kind == "union_tag_not_found":
-        return InputError(
-            f"does not say which {context['discriminator']}",
-            where=source.where(written),
-            hint=f"add `{str(context['discriminator']).strip(chr(39))}:`",
-        )
-    seen = "" if isinstance(item["input"], dict | list) else f", not {item['input']!r}"
-    message = item["msg"].removeprefix("Value error, ")
-    return InputError(f"{message[:1].lower()}{message[1:]}{seen}", where=source.where(written))
-
-
-def _as_written(data: Any, keys: KeyPath) -> KeyPath:
-    """Drop from pydantic's location the union tags that do not stand in the file."""
-    written: list[str | int] = []
-    here = data
-    for number, key in enumerate(keys):
-        last = number == len(keys) - 1
-        if isinstance(here, Mapping) and key in here:
-            here = here[key]
-        elif isinstance(here, list) and isinstance(key, int) and key < len(here):  # noqa: SIM114
-            here = here[key]
-        elif not last or not isinstance(here, Mapping):
-            continue
-        written.append(key)
-    return tuple(written)
-
-
-def _siblings(made: type[BaseModel], registry: Registry, keys: KeyPath) -> list[str]:
-    """Return the keys that are valid where `keys` points."""
-    named: dict[str, Mapping[str, type[BaseModel]]] = {
-        "find": registry.strategies,
-        "select": registry.selectors,
-        "interventions": registry.interventions,
-        "metrics": registry.metrics,
-    }
-    model: type[BaseModel] | None = made
-    for number, key in enumerate(keys[:-1]):
-        if key in named:
-            tag = next((str(part) for part in keys[number + 1 : -1] if part in named[str(key)]), None)
-            if tag is not None:
-                return list(named[str(key)][tag].model_fields)
-        field = model.model_fields.get(str(key)) if model is not None else None
-        model = _model_in(field.annotation) if field is not None else model
-    return list(model.model_fields) if model is not None else []
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _model_in(inner)
-        if found is not None:
-            return found
-    return None

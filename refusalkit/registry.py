@@ -8,11 +8,12 @@ names both owners, because a silent winner would change what a recipe means.
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, get_args
 
 import pluggy
 
@@ -27,8 +28,6 @@ from refusalkit.strategy import Strategy
 
 #: Set to a comma-separated list of distributions to load only those, or to nothing for a clean room.
 PLUGINS_VARIABLE = "REFUSALKIT_PLUGINS"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,37 +79,93 @@ class Registry:
 def load_registry(plugins: Iterable[object] = (), *, entry_points: bool = True) -> Registry:
     """Load the built-in providers, every installed plugin and `plugins`, and freeze what they provide.
 
-    Raises `InputError` when two plugins provide the same name or a hook is misspelt.
+    An installed plugin that raises, or returns what no hook can return, provides nothing and is listed as broken.
+    Raises `InputError` when two plugins provide the same name, or when one of `plugins` is broken.
     """
     from refusalkit import builtin
 
-    manager = pluggy.PluginManager(hookspecs.NAME)
-    manager.add_hookspecs(hookspecs)
-    owners: dict[object, Owner] = {}
-    own = Owner(hookspecs.NAME, _version(hookspecs.NAME))
-    _register(manager, owners, builtin, own)
+    loading = _Loading(pluggy.PluginManager(hookspecs.NAME))
+    loading.manager.add_hookspecs(hookspecs)
+    loading.add(builtin, Owner(hookspecs.NAME, _version(hookspecs.NAME)))
     broken: list[BrokenPlugin] = []
     if entry_points:
         for point, owner in _entry_points():
-            # Whatever a stranger's module does at import must not take the host down with it.
+            # Whatever a stranger's code does when it is imported or asked must not take the host down with it.
             try:
-                plugin = point.load()
+                loading.add(point.load(), owner)
             except (Exception, SystemExit) as error:  # noqa: BLE001
-                broken.append(BrokenPlugin(owner, f"{type(error).__name__}: {error}"))
-            else:
-                _register(manager, owners, plugin, owner)
+                said = error.message if isinstance(error, InputError) else str(error)
+                broken.append(BrokenPlugin(owner, f"{type(error).__name__}: {said}"))
     for plugin in plugins:
-        _register(manager, owners, plugin, Owner(getattr(plugin, "__name__", repr(plugin)), "unpackaged"))
-    try:
-        manager.check_pending()
-    except pluggy.PluginValidationError as error:
-        raise InputError(str(error), hint="the hooks are listed in refusalkit/hookspecs.py") from error
-    return _freeze(manager, owners, tuple(broken))
+        loading.add(plugin, Owner(getattr(plugin, "__name__", repr(plugin)), "unpackaged"))
+    return _freeze(loading.provided, tuple(broken))
 
 
-def _register(manager: pluggy.PluginManager, owners: dict[object, Owner], plugin: object, owner: Owner) -> None:
-    manager.register(plugin)
-    owners[plugin] = owner
+@dataclass
+class _Loading:
+    """Ask plugins, one at a time, for what they provide."""
+
+    manager: pluggy.PluginManager
+    provided: list[tuple[str, str, Provided]] = field(default_factory=list)
+    """Kind, name and thing of everything provided so far."""
+
+    def add(self, plugin: object, owner: Owner) -> None:
+        """Register a plugin and take over what it provides: everything, or nothing when it raises."""
+        self.manager.register(plugin)
+        try:
+            self.manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            self.manager.unregister(plugin)
+            raise InputError(
+                str(error),
+                where=str(owner),
+                hint=f"the hooks are listed in refusalkit/hookspecs.py; {PLUGINS_VARIABLE} says which plugins to load",
+            ) from None
+        found = []
+        for kind in _KINDS:
+            for implementation in getattr(self.manager.hook, kind).get_hookimpls():
+                if implementation.plugin is plugin:
+                    values = implementation.function()
+                    found += [(kind, _name(kind, value), Provided(value, owner)) for value in _listed(kind, values)]
+        self.provided += found
+
+
+def _listed(kind: str, values: Any) -> list[Any]:
+    if not isinstance(values, list | tuple):
+        raise _not_allowed(kind, f"{values!r}, not a list or tuple")
+    return list(values)
+
+
+def _name(kind: str, value: Any) -> str:
+    """Return the name of a provided thing; raises `InputError` for what could not be used under it."""
+    expected, key = _KINDS[kind]
+    if key is None:
+        if not isinstance(value, expected):
+            raise _not_allowed(kind, f"{value!r}, which is no {expected.__name__}")
+        return str(value.scheme if isinstance(value, PromptSource) else value.name)
+    if not (isinstance(value, type) and issubclass(value, expected)):
+        raise _not_allowed(kind, f"{value!r}, which is no subclass of {expected.__name__}")
+    if inspect.isabstract(value):
+        missing = [name for name in dir(value) if getattr(getattr(value, name), "__isabstractmethod__", False)]
+        raise _not_allowed(kind, f"{value.__name__}, which does not define {', '.join(missing)}")
+    return default_of(value, key)
+
+
+def _not_allowed(kind: str, what: str) -> InputError:
+    return InputError(
+        f"{kind} returned {what}", where=kind, hint="refusalkit/hookspecs.py says what every hook returns"
+    )
+
+
+#: What each hook returns: values of a class, or subclasses named by the default of a field.
+_KINDS: Mapping[str, tuple[type[Any], str | None]] = {
+    "refusalkit_adapters": (Adapter, None),
+    "refusalkit_strategies": (Strategy, "strategy"),
+    "refusalkit_selectors": (Selector, "selector"),
+    "refusalkit_interventions": (InterventionSpec, "intervention"),
+    "refusalkit_metrics": (Metric, "metric"),
+    "refusalkit_prompt_sources": (PromptSource, None),
+}
 
 
 def _entry_points() -> list[tuple[importlib.metadata.EntryPoint, Owner]]:
@@ -132,41 +187,30 @@ def _version(distribution: str) -> str:
         return "source"
 
 
-def _freeze(manager: pluggy.PluginManager, owners: dict[object, Owner], broken: tuple[BrokenPlugin, ...]) -> Registry:
+def _freeze(provided: Sequence[tuple[str, str, Provided]], broken: tuple[BrokenPlugin, ...]) -> Registry:
+    """Sort what was provided by kind; raises `InputError` for a name that stands twice."""
+    values: dict[str, dict[str, Any]] = {kind: {} for kind in _KINDS}
     owned: dict[tuple[str, str], Owner] = {}
-
-    def collect(kind: str, name_of: Any) -> Mapping[str, Any]:
-        values: dict[str, Any] = {}
-        for implementation in getattr(manager.hook, kind).get_hookimpls():
-            owner = owners[implementation.plugin]
-            for value in implementation.function():
-                name = name_of(value)
-                if name in values:
-                    raise InputError(
-                        f"{name!r} is provided by both {owned[kind, name]} and {owner}",
-                        where=kind,
-                        hint=f"uninstall one of them, or set {PLUGINS_VARIABLE} to the plugins to load",
-                    )
-                values[name] = value
-                owned[kind, name] = owner
-        return MappingProxyType(values)
-
-    return Registry(
-        adapters=collect("refusalkit_adapters", lambda value: value.name),
-        strategies=collect("refusalkit_strategies", lambda value: default_of(value, "strategy")),
-        selectors=collect("refusalkit_selectors", lambda value: default_of(value, "selector")),
-        interventions=collect("refusalkit_interventions", lambda value: default_of(value, "intervention")),
-        metrics=collect("refusalkit_metrics", lambda value: default_of(value, "metric")),
-        prompt_sources=collect("refusalkit_prompt_sources", lambda value: value.scheme),
-        owners=MappingProxyType(owned),
-        broken=broken,
-    )
+    for kind, name, thing in provided:
+        if name in values[kind]:
+            raise InputError(
+                f"{name!r} is provided by both {owned[kind, name]} and {thing.owner}",
+                where=kind,
+                hint=f"uninstall one of them, or set {PLUGINS_VARIABLE} to the plugins to load",
+            )
+        values[kind][name] = thing.value
+        owned[kind, name] = thing.owner
+    kinds = {kind.removeprefix("refusalkit_"): MappingProxyType(found) for kind, found in values.items()}
+    in_order = {(kind, name): owned[kind, name] for kind, found in values.items() for name in found}
+    return Registry(**kinds, owners=MappingProxyType(in_order), broken=broken)
 
 
 def default_of(provider: type[Any], key: str) -> str:
     """Return the name a provider class declares as the default of its field `key`."""
-    name = provider.model_fields[key].default
-    if not isinstance(name, str):
+    declared = provider.model_fields[key]
+    name = declared.default
+    # Anything but a literal would match every name, or none.
+    if not isinstance(name, str) or get_args(declared.annotation) != (name,):
         raise InputError(
             f"{provider.__name__} has no name",
             where=f"{provider.__module__}.{provider.__name__}",

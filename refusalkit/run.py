@@ -75,6 +75,7 @@ def execute(plan: Plan, out: Path, progress: Progress | None = None, until: str 
     recipe, shown = plan.recipe, progress or Silent()
     _claim(plan, out)
     runner = Runner(plan, out, shown)
+    _drop_outdated(runner)
     wanted = STAGES[: STAGES.index(until) + 1] if until in STAGES else STAGES
 
     splits = runner.stage(PromptSplits, lambda: prompts.settle(plan.prompts, runner.bench()))
@@ -105,12 +106,13 @@ def _claim(plan: Plan, out: Path) -> None:
     """Make `out` this recipe's folder, or refuse when the prompts and model in it are another recipe's."""
     resolved = plan.recipe.model_dump(mode="json", serialize_as_any=True)
     known = out / "recipe.yaml"
-    if out.exists() and not out.is_dir():
-        raise InputError("this is a file, not a folder", where=f"--out {out}", hint="name a folder")
     try:
+        if out.exists() and not out.is_dir():
+            raise InputError("this is a file, not a folder", where=f"--out {out}", hint="name a folder")
         if known.is_file():
-            before = yaml.safe_load(known.read_text(encoding="utf-8"))
-            _same_experiment(before, resolved, out)
+            # Until a stage is finished there is nothing to mix up, and a corrected recipe may take the folder over.
+            if any(Store(out).key(stage) for stage in STAGES):
+                _same_experiment(_recipe_in(known), resolved, out)
         elif out.is_dir() and any(entry for entry in out.iterdir() if not entry.name.startswith(".")):
             raise InputError(
                 "the folder is not empty and holds no run", where=f"--out {out}", hint="name a new or empty folder"
@@ -120,6 +122,29 @@ def _claim(plan: Plan, out: Path) -> None:
         raise cannot_write(out, error) from None
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=110)
     write_text(known, "# The recipe as it was run, with every default filled in.\n" + text)
+
+
+def _drop_outdated(runner: Runner) -> None:
+    """Remove a summary and report that tell of other results than this recipe's: the run may end before new ones."""
+    store = runner.store
+    if all(store.key(stage) == runner.plan.keys[stage] for stage in STAGES):
+        return
+    for path in (store.folder / "summary.json", store.folder / "report.html"):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(path, error) from None
+
+
+def _recipe_in(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise InputError(
+            "cannot be read, so whose run this is cannot be known",
+            where=str(path),
+            hint="choose another folder with --out, or delete this one",
+        ) from None
 
 
 def _same_experiment(before: Any, now: dict[str, Any], out: Path) -> None:
@@ -174,16 +199,20 @@ def summary(plan: Plan, choice: Choice, evaluation: Evaluation) -> dict[str, Any
             "n_survivors": choice.n_survivors,
         },
         "evaluation": [
-            result.model_dump(mode="json", include={"intervention", "prompts", "metric", "value", "low", "high", "n"})
+            # Through JSON text, which writes a number that is none (no prompt had a value) as null.
+            json.loads(result.model_dump_json(include=_SUMMARISED))
             for result in evaluation.results
         ],
     }
 
 
+_SUMMARISED = {"intervention", "prompts", "metric", "value", "low", "high", "n"}
+
+
 def _write_environment(runner: Runner, out: Path) -> None:
     """Write `environment.json`: what ran where. A stage that was kept keeps its time and passes."""
     path = out / "environment.json"
-    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = _environment_in(path)
     checkpoint, registry, engine = runner.plan.checkpoint, runner.plan.registry, runner.engine
     model = {
         "id": checkpoint.section.id,
@@ -214,6 +243,14 @@ def _write_environment(runner: Runner, out: Path) -> None:
         environment["dtype"] = str(engine.module.dtype).removeprefix("torch.")
         model["n_parameters"] = sum(parameter.numel() for parameter in engine.module.parameters())
     write_json(path, environment)
+
+
+def _environment_in(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_report(folder: Path, *, show_completions: bool) -> Path:

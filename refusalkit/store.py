@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import ValidationError
+
 from refusalkit.errors import RunError
 
 if TYPE_CHECKING:
@@ -75,6 +77,14 @@ def cannot_write(path: Path, error: OSError) -> RunError:
     )
 
 
+def _remove(path: Path) -> None:
+    """Remove a folder, or a file that stands where a folder belongs."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 class Store:
     """Read and write the stage folders of one run directory."""
 
@@ -94,20 +104,34 @@ class Store:
         except (json.JSONDecodeError, UnicodeDecodeError):
             # Not written by us: artifacts appear whole. Computing it again is what the user would do.
             return None
-        return document if isinstance(document, dict) and "key" in document else None
+        whole = isinstance(document, dict) and isinstance(document.get("value"), dict) and "key" in document
+        return document if whole else None
 
     def load(self, kind: type[A], key: str | None = None) -> A | None:
-        """Return the artifact of `kind`, or None where there is none with this key (any key, when None)."""
+        """Return the artifact of `kind`, or None where there is none with this key (any key, when None).
+
+        Files that cannot be read count as none. Raises `ValidationError` for the value of another version when no key
+        is given; with a key it too counts as none, so that the stage is run again.
+        """
         head = self._head(kind.stage)
         if head is None or (key is not None and head["key"] != key):
             return None
         fields: dict[str, Any] = dict(head["value"])
         tensors = self.folder / kind.stage / "tensors.safetensors"
         if tensors.exists():
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
 
-            fields.update(load_file(tensors))
-        return kind.model_validate(fields)
+            try:
+                fields.update(load_file(tensors))
+            except (SafetensorError, OSError):
+                return None
+        try:
+            return kind.model_validate(fields)
+        except ValidationError:
+            if key is None:
+                raise
+            return None
 
     def save(self, artifact: Artifact, key: str, metadata: Mapping[str, str]) -> None:
         """Write an artifact under `key`; the folder appears whole or not at all."""
@@ -127,7 +151,7 @@ class Store:
                 write_tensors(draft / "tensors.safetensors", tensors, metadata)
             value = json.loads(artifact.model_dump_json(exclude=set(tensors)))
             write_json(draft / "artifact.json", {"version": 1, "key": key, "metadata": dict(metadata), "value": value})
-            shutil.rmtree(final, ignore_errors=True)
+            _remove(final)
             os.replace(draft, final)
         except OSError as error:
             raise cannot_write(final, error) from None

@@ -41,16 +41,30 @@ class ChatTemplate:
         import jinja2
 
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.options
+            text = str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self.options)
             )
-        except jinja2.TemplateError as error:
+        except jinja2.TemplateSyntaxError as error:
+            raise InputError(
+                f"line {error.lineno} of the chat template is not Jinja: {error}",
+                where=f"model.id {self.tokenizer.name_or_path!r}",
+                hint="repair the checkpoint's chat_template.jinja, or download it again",
+            ) from None
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InputError(
                 f"the chat template refuses this: {error}",
                 where="prompts.system" if self.system is not None else "prompts.template_options",
-                hint="this model's template takes no system prompt" if self.system is not None else None,
+                hint="this model's template takes no system prompt; leave it out"
+                if self.system is not None
+                else "leave the options out, or read the template for what it takes",
             ) from None
-        return str(text)
+        if self.system is not None and self.system.strip() not in text:
+            raise InputError(
+                "the chat template drops the system prompt",
+                where="prompts.system",
+                hint="leave it out, or put its text before every prompt",
+            )
+        return text
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the token ids of a rendered text; the template has written the special tokens already."""
@@ -66,25 +80,25 @@ class ChatTemplate:
         return before, after
 
     def suffix(self) -> tuple[int, ...]:
-        """Return the ids of the template tokens after the instruction, the same for every instruction.
-
-        Raises `InputError` when prompts have no token in common at the end.
-        """
+        """Return the ids of the template tokens after the instruction, the same for every instruction; maybe none."""
         rendered = [self.tokens(probe) for probe in _PROBES]
         length = 0
         while all(len(ids) > length and ids[-length - 1] == rendered[0][-length - 1] for ids in rendered):
             length += 1
-        if length == 0:
-            raise InputError(
-                "the chat template puts no token after the instruction",
-                where="model.id",
-                hint="give `capture.positions` as numbers, such as -1",
-            )
-        return rendered[0][-length:]
+        return rendered[0][len(rendered[0]) - length :]
 
     def positions(self, wanted: Sequence[str | int]) -> tuple[int, ...]:
-        """Resolve position names and numbers to ascending negative positions."""
+        """Resolve position names and numbers to ascending negative positions.
+
+        Raises `InputError` for `post_instruction` when prompts have no token in common at the end.
+        """
         length = len(self.suffix())
+        if length == 0 and "post_instruction" in wanted:
+            raise InputError(
+                "the chat template puts no token after the instruction",
+                where="capture.positions",
+                hint="give `capture.positions` as numbers, such as -1",
+            )
         found: set[int] = set()
         for item in wanted:
             if item == "post_instruction":

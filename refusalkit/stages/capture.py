@@ -32,7 +32,8 @@ def capture(
             raise RunError(
                 f"activations of {side} prompts are not numbers from layer {int(bad[:, 1].min())} on",
                 where="capture",
-                hint="float16 overflows on many models: load with `model.dtype: bfloat16` or `float32`",
+                hint="float16 overflows on many models: load with `model.dtype: bfloat16` or `float32`; "
+                "where it is one of these, a weight of the checkpoint is damaged",
             )
     return Activations(
         site=section.site,

@@ -72,6 +72,7 @@ def evaluate(
     for number, case in enumerate(cases):
         with _in_place(case, bench) as edited:
             outcomes[case.label] = _run(section, case, baselines, splits, bench)
+        _check_finite(case, outcomes[case.label])
         if case.acts:
             _check_acts(case, outcomes[case.label], baselines)
         if edited is not None:
@@ -194,12 +195,23 @@ def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> tuple[
     return result, measured.values
 
 
+def _check_finite(case: Case, outcome: Outcome) -> None:
+    bad = [side for side in SIDES if not outcome.logits[side].isfinite().all()]
+    if bad:
+        raise RunError(
+            f"the logits on {' and '.join(bad)} test prompts are not numbers",
+            where=f"evaluate.interventions: {case.label}",
+            hint="use a smaller scale, or load the model with `model.dtype: float32`",
+        )
+
+
 def _check_acts(case: Case, outcome: Outcome, baselines: Mapping[Side, Baseline]) -> None:
     if all(torch.equal(outcome.logits[side], baselines[side].logits) for side in SIDES):
         raise RunError(
             "changes nothing: the logits of every test prompt are those of the unmodified model",
             where=f"evaluate.interventions: {case.label}",
-            hint="the adapter may name modules that do not write the residual stream (docs/symptoms.md)",
+            hint="a scale of 0 changes nothing; otherwise the adapter may name modules that do not write the residual "
+            "stream (docs/symptoms.md)",
         )
 
 

@@ -47,6 +47,14 @@ def settle(request: Request, bench: Bench) -> PromptSplits:
     for number, (side, split) in enumerate(parts):
         logits[side, split] = bench.engine.logits(bench.tokens(sides[side][split]))
         bench.progress.advance("refusal scores", number + 1, len(parts))
+    for (side, split), found in logits.items():
+        if not found.isfinite().all():
+            raise RunError(
+                f"the model's logits on {side} {split} prompts are not numbers",
+                where="prompts",
+                hint="float16 overflows on many models: load with `model.dtype: bfloat16` or `float32`; "
+                "where it is one of these, a weight of the checkpoint is damaged",
+            )
     openers = _openers(request, logits["harmful", "train"], logits["harmless", "train"], bench)
     kept: dict[Side, dict[Split, tuple[str, ...]]] = {side: dict(splits) for side, splits in sides.items()}
     counts = []
@@ -87,10 +95,6 @@ def _openers(request: Request, harmful: torch.Tensor, harmless: torch.Tensor, be
         ids = bench.template.opener_ids(request.openers)
         return Openers(texts=request.openers, token_ids=ids, source="recipe", reason="the recipe names them")
     gap = harmful.double().softmax(-1).mean(0) - harmless.double().softmax(-1).mean(0)
-    if not gap.isfinite().all():
-        raise RunError(
-            "the model's logits are not numbers", where="prompts", hint="load it with model.dtype: bfloat16 or float32"
-        )
     ranked = gap.argsort(descending=True)[:MOST_OPENERS]
     found = [int(token) for token in ranked if gap[token] >= SMALLEST_GAP]
     best = gap[found].sum().item() if found else 0.0

@@ -28,6 +28,13 @@ def select(selector: Selector, candidates: Candidates, splits: PromptSplits, ben
     if chosen is None:
         raise nothing_survived(selection)
     row = candidates.positions.index(chosen.position)
+    if not candidates.directions[row, chosen.layer].any():
+        raise RunError(
+            f"the direction at position {chosen.position}, layer {chosen.layer} is zero: harmful and harmless prompts "
+            "do not differ there",
+            where="select",
+            hint="choose another place: layer 0 reads the token alone, and template tokens are the same everywhere",
+        )
     return Choice(
         selector=selector.selector,
         position=chosen.position,
