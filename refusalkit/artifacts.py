@@ -188,11 +188,11 @@ class Separation(Frozen):
     """Show how one side's test prompts lie along the direction, layer by layer, in the unmodified model."""
 
     prompts: Side
-    mean: tuple[float, ...]
+    mean: tuple[MaybeNaN, ...]
     """[layer] mean over prompts of the cosine between resid_pre and the direction at the chosen position."""
-    low: tuple[float, ...]
+    low: tuple[MaybeNaN, ...]
     """[layer] the 5th percentile."""
-    high: tuple[float, ...]
+    high: tuple[MaybeNaN, ...]
     """[layer] the 95th percentile."""
 
 

@@ -63,6 +63,14 @@ class Checkpoint:
         return _architecture(self.config)
 
 
+def quiet() -> None:
+    """Keep transformers' own bars and advice out of our output."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def open_checkpoint(section: ModelSection, registry: Registry) -> Checkpoint:
     """Read the configuration and tokenizer that a recipe's `model` section names, and resolve the adapter.
 

@@ -88,18 +88,11 @@ def _load(recipe: Path, settings: list[str] | None) -> tuple[Recipe, Registry]:
 
 def _plan(recipe: Path, settings: list[str] | None) -> Plan:
     checked, registry = _load(recipe, settings)
+    from refusalkit.checkpoint import quiet
     from refusalkit.plan import make_plan
 
-    _quiet()
+    quiet()
     return make_plan(checked, recipe.parent, registry)
-
-
-def _quiet() -> None:
-    """Keep transformers' own bars and advice out of our output."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _out(plan: Plan, out: Path | None) -> Path:
@@ -125,8 +118,8 @@ def run(
 
 
 def _execute(plan: Plan, folder: Path, until: Until = Until.report) -> None:
+    from refusalkit.pipeline import execute
     from refusalkit.progress import progress
-    from refusalkit.run import execute
 
     with progress() as shown:
         execute(plan, folder, shown, until.value)
@@ -204,7 +197,7 @@ def report(
     ] = False,
 ) -> None:
     """Write a run's report again, without a model."""
-    from refusalkit.run import write_report
+    from refusalkit.pipeline import write_report
 
     print(write_report(folder, show_completions=show_completions))
 
@@ -223,9 +216,9 @@ def bake(
     if is_run:
         # The prompts are not needed again, and may lie elsewhere.
         checked, registry = _load(recipe, settings)
-        from refusalkit.checkpoint import open_checkpoint
+        from refusalkit.checkpoint import open_checkpoint, quiet
 
-        _quiet()
+        quiet()
         folder, checkpoint = source, open_checkpoint(checked.model, registry)
     else:
         made = _plan(recipe, settings)
@@ -253,10 +246,11 @@ def tiny_train(
     from refusalkit import tiny
 
     tiny.checkpoint(family)
+    from refusalkit.checkpoint import quiet
     from refusalkit.progress import progress
     from refusalkit.tiny.train import train
 
-    _quiet()
+    quiet()
     folder = out if out is not None else Path(f"tiny-{family}")
     with progress() as shown:
         shown.stage("train", "running")

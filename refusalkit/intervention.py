@@ -70,7 +70,7 @@ class InterventionSpec(BaseModel, ABC):
     `intervention: Literal["ablate"] = "ablate"`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     intervention: str
     on_weights: ClassVar[bool] = False

@@ -50,7 +50,7 @@ class Metric(BaseModel, ABC):
     Subclasses set the field `metric` to their name: `metric: Literal["kl"] = "kl"`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     metric: str
     kind: ClassVar[Literal["rate", "mean"]]

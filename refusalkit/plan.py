@@ -18,7 +18,7 @@ from refusalkit.artifacts import Split
 from refusalkit.checkpoint import Checkpoint, open_checkpoint
 from refusalkit.errors import InputError
 from refusalkit.metric import Side
-from refusalkit.prompt_split import check_leaks, split_pool
+from refusalkit.prompt_split import check_leaks, split_pool, without_duplicates
 from refusalkit.recipe import PromptFiles, PromptsSection, Recipe
 from refusalkit.registry import Registry, nearest
 from refusalkit.stages.prompts import Request
@@ -66,7 +66,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
 
     Raises `InputError` for a model, adapter, prompt source or option that cannot be used.
     """
-    pools = read_pools(recipe.prompts, folder, registry)
+    pools, dropped = read_pools(recipe.prompts, folder, registry)
     checkpoint = open_checkpoint(recipe.model, registry)
     template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, _options(recipe, checkpoint))
     wanted = recipe.capture.positions
@@ -79,6 +79,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
         filter=recipe.prompts.filter,
         openers=recipe.select.openers,
         family_openers=checkpoint.adapter.family.openers,
+        duplicates_dropped=dropped,
     )
     return Plan(recipe, registry, checkpoint, template, request, _keys(recipe, registry, checkpoint, template, request))
 
@@ -123,28 +124,36 @@ def _check_variable(name: str, checkpoint: Checkpoint, where: str) -> None:
         )
 
 
-def read_pools(section: PromptsSection, folder: Path, registry: Registry) -> dict[Side, dict[Split, tuple[str, ...]]]:
-    """Read both sides' prompts and divide them into splits; raises `InputError` for a leak between splits."""
+def read_pools(
+    section: PromptsSection, folder: Path, registry: Registry
+) -> tuple[dict[Side, dict[Split, tuple[str, ...]]], int]:
+    """Read both sides' prompts and divide them into splits; also count the duplicates that were dropped.
+
+    Raises `InputError` for a prompt that stands in two splits.
+    """
     sizes = {"train": section.train, "validation": section.validation, "test": section.test}
     declared: dict[Side, str | PromptFiles] = {"harmful": section.harmful, "harmless": section.harmless}
     pools: dict[Side, dict[Split, tuple[str, ...]]] = {}
+    dropped = 0
     for side, declaration in declared.items():
         where = f"prompts.{side}"
+        found: dict[str, tuple[str, ...]]
         if isinstance(declaration, PromptFiles):
-            whole = {
+            found = {
                 split: _only(read_source(getattr(declaration, split), folder, registry, f"{where}.{split}"), split)
                 for split in SPLITS
             }
-            pools[side] = {split: _at_most(prompts, sizes[split], section.seed) for split, prompts in whole.items()}
-            continue
-        found = read_source(declaration, folder, registry, where)
-        if "all" in found:
-            divided = split_pool(found["all"], sizes, section.seed, where)
-            pools[side] = {split: tuple(divided[split]) for split in SPLITS}
         else:
-            pools[side] = {split: _at_most(found[split], sizes[split], section.seed) for split in SPLITS}
+            found = dict(read_source(declaration, folder, registry, where))
+        distinct = {name: without_duplicates(prompts) for name, prompts in found.items()}
+        dropped += sum(count for _, count in distinct.values())
+        if "all" in distinct:
+            divided = split_pool(distinct["all"][0], sizes, section.seed, where)
+            pools[side] = {split: divided[split] for split in SPLITS}
+        else:
+            pools[side] = {split: _at_most(distinct[split][0], sizes[split], section.seed) for split in SPLITS}
     check_leaks([(side, split, prompts) for side, splits in pools.items() for split, prompts in splits.items()])
-    return pools
+    return pools, dropped
 
 
 def _only(found: Mapping[str, tuple[str, ...]], split: Split) -> tuple[str, ...]:

@@ -108,7 +108,7 @@ class Selector(BaseModel, ABC):
     Subclasses set the field `selector` to their name: `selector: Literal["causal"] = "causal"`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     selector: str
     openers: Literal["auto"] | tuple[str, ...] = "auto"

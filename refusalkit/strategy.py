@@ -29,7 +29,7 @@ class Strategy(BaseModel, ABC):
     Subclasses set the field `strategy` to their name: `strategy: Literal["pca"] = "pca"`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     strategy: str
     needs: ClassVar[Literal["means", "samples"]] = "means"

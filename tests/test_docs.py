@@ -117,7 +117,7 @@ def test_every_recipe_is_here() -> None:
 def test_every_recipe_validates_and_has_enough_prompts(path: Path, registry: Registry) -> None:
     recipe = load_recipe(path, registry)
     assert recipe.name == path.stem
-    pools = read_pools(recipe.prompts, path.parent, registry)
+    pools, _ = read_pools(recipe.prompts, path.parent, registry)
     for splits in pools.values():
         assert {split: len(prompts) for split, prompts in splits.items()} == {
             "train": recipe.prompts.train,

@@ -16,10 +16,10 @@ from refusalkit.artifacts import Activations, Candidates, Choice
 from refusalkit.builtin.selectors import Causal
 from refusalkit.errors import RunError
 from refusalkit.intervention import Intervention
+from refusalkit.pipeline import execute
 from refusalkit.plan import make_plan
 from refusalkit.recipe_file import load_recipe
 from refusalkit.registry import load_registry
-from refusalkit.run import execute
 from refusalkit.selector import Advance, Measure, SelectInputs, Tokens
 from refusalkit.store import Store
 

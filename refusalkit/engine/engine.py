@@ -88,7 +88,8 @@ class Engine:
     ) -> Samples:
         """Read the residual stream at `positions` of every layer: the float64 mean, and samples where asked.
 
-        Under an intervention it is read as it is after the edits of each place. Raises `RunError` for a prompt shorter than the deepest position.
+        Under an intervention it is read as it is after the edits of each place. Raises `RunError` for a prompt
+        shorter than the deepest position.
         """
         _check_lengths(prompts, positions)
         reads: list[tuple[Site, int]] = [(site, layer) for layer in range(self.n_layers)]

@@ -50,7 +50,11 @@ def check_adapter(adapter: Adapter, module: Any, *, tokenizer: Any = None) -> tu
     engine = engine_of(module, tokenizer or tiny_tokenizer(), adapter)
     prompts = random_prompts(3)
     direction = _direction(engine)
-    return (*_writes_add_up(engine, prompts), *_ablation_is_complete(engine, prompts, direction), *_weight_edit(engine, prompts, direction))
+    return (
+        *_writes_add_up(engine, prompts),
+        *_ablation_is_complete(engine, prompts, direction),
+        *_weight_edit(engine, prompts, direction),
+    )
 
 
 def _direction(engine: Engine, seed: int = 0) -> Direction:
@@ -61,7 +65,7 @@ def _direction(engine: Engine, seed: int = 0) -> Direction:
 def _sites(engine: Engine, prompts: Sequence[tuple[int, ...]], direction: Direction | None = None) -> dict[str, Tensor]:
     """Read every site at the last three positions: [prompt, position, layer, d_model]."""
     intervention = None if direction is None else ablate_everywhere(direction)
-    found = {}
+    found: dict[str, Tensor] = {}
     for site in SITES:
         samples = engine.capture(prompts, (-3, -2, -1), site, intervention=intervention, keep_samples=True).samples
         assert samples is not None
@@ -81,9 +85,7 @@ def _writes_add_up(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> tuple[
     )
 
 
-def _ablation_is_complete(
-    engine: Engine, prompts: Sequence[tuple[int, ...]], direction: Direction
-) -> tuple[Law, ...]:
+def _ablation_is_complete(engine: Engine, prompts: Sequence[tuple[int, ...]], direction: Direction) -> tuple[Law, ...]:
     final = _sites(engine, prompts, direction)["resid_post"][:, :, -1]
     left = (final @ algebra.unit(direction.vector)).abs().max().item() / final.norm(dim=-1).max().item()
     return (Law("nothing is left along an ablated direction", left, 1e-6),)

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -124,16 +125,29 @@ def _claim(plan: Plan, out: Path) -> None:
     write_text(known, "# The recipe as it was run, with every default filled in.\n" + text)
 
 
+#: The plain files that repeat what a stage found.
+_DERIVED = {
+    "prompts": (),
+    "capture": (),
+    "find": ("candidates.safetensors",),
+    "select": ("direction.safetensors", "scores.json"),
+    "evaluate": ("summary.json", "report.html"),
+}
+
+
 def _drop_outdated(runner: Runner) -> None:
-    """Remove a summary and report that tell of other results than this recipe's: the run may end before new ones."""
+    """Remove stages that follow from another recipe, and the files made from them: this run may end before new ones."""
     store = runner.store
-    if all(store.key(stage) == runner.plan.keys[stage] for stage in STAGES):
-        return
-    for path in (store.folder / "summary.json", store.folder / "report.html"):
+    for stage in STAGES:
+        if store.key(stage) == runner.plan.keys[stage]:
+            continue
         try:
-            path.unlink(missing_ok=True)
+            for name in _DERIVED[stage]:
+                (store.folder / name).unlink(missing_ok=True)
+            if (store.folder / stage).exists():
+                shutil.rmtree(store.folder / stage)
         except OSError as error:
-            raise cannot_write(path, error) from None
+            raise cannot_write(store.folder / stage, error) from None
 
 
 def _recipe_in(path: Path) -> Any:
