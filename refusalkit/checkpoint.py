@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from refusalkit.adapter import Adapter
-from refusalkit.errors import InputError
+from refusalkit.errors import InputError, nearest
 from refusalkit.recipe import ModelSection
-from refusalkit.registry import Registry, nearest
+from refusalkit.registry import Registry
 
 
 @dataclass(frozen=True, eq=False)

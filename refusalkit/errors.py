@@ -7,6 +7,8 @@ hint; the command line prints exactly that and no traceback.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class RefusalkitError(Exception):
     """Carry a message, the place it is about and one hint."""
@@ -33,3 +35,11 @@ class InputError(RefusalkitError):
 
 class RunError(RefusalkitError):
     """The run failed, or its result could not mean anything."""
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Return a hint that points from a misspelt `name` to the nearest valid one, or lists them all."""
+    import difflib
+
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(names)}"

@@ -16,11 +16,11 @@ from typing import Any
 import refusalkit
 from refusalkit.artifacts import Split
 from refusalkit.checkpoint import Checkpoint, open_checkpoint
-from refusalkit.errors import InputError
+from refusalkit.errors import InputError, nearest
 from refusalkit.metric import Side
 from refusalkit.prompt_split import check_leaks, split_pool, without_duplicates
 from refusalkit.recipe import PromptFiles, PromptsSection, Recipe
-from refusalkit.registry import Registry, nearest
+from refusalkit.registry import Registry
 from refusalkit.stages.prompts import Request
 from refusalkit.store import STAGES, content_key
 from refusalkit.template import ChatTemplate

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from refusalkit.errors import InputError
+from refusalkit.errors import InputError, nearest
 from refusalkit.recipe import EvaluateSection, Recipe
-from refusalkit.registry import Registry, nearest
+from refusalkit.registry import Registry
 
 KeyPath = tuple[str | int, ...]
 

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from refusalkit.errors import InputError
+from refusalkit.errors import InputError, nearest
 from refusalkit.recipe import Recipe, recipe_type
 from refusalkit.recipe_faults import KeyPath, described, explain, faults, nan_at
-from refusalkit.registry import Registry, nearest
+from refusalkit.registry import Registry
 
 
 @dataclass(frozen=True)

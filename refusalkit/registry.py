@@ -217,11 +217,3 @@ def default_of(provider: type[Any], key: str) -> str:
             hint=f'declare it as `{key}: Literal["NAME"] = "NAME"`',
         )
     return name
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """Return a hint that points from a misspelt `name` to the nearest valid one, or lists them all."""
-    import difflib
-
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(names)}"

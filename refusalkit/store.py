@@ -155,5 +155,9 @@ class Store:
             os.replace(draft, final)
         except OSError as error:
             raise cannot_write(final, error) from None
+        except RunError as error:
+            # The draft's own name tells nobody anything.
+            error.where = str(final)
+            raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)

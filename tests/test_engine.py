@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import nnsight
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from refusalkit import algebra
+from refusalkit import algebra, tiny
 from refusalkit.adapter import Adapter
 from refusalkit.builtin.adapters import GEMMA2, LLAMA, QWEN2
 from refusalkit.builtin.interventions import ablate_everywhere
+from refusalkit.checkpoint import open_checkpoint
 from refusalkit.engine import blocks
 from refusalkit.engine.batch import batch, chunks, shared_prefix
 from refusalkit.engine.engine import Engine
+from refusalkit.engine.load import load
 from refusalkit.engine.lower import lower
-from refusalkit.errors import RunError
+from refusalkit.errors import InputError, RunError
 from refusalkit.intervention import NOTHING, Direction, Edit, Intervention
+from refusalkit.recipe import ModelSection
+from refusalkit.registry import load_registry
 from refusalkit.selector import Measure
 from refusalkit.testing import random_engine
 from refusalkit.testing.models import random_prompts
@@ -270,3 +277,17 @@ def test_chunks_hold_every_prompt_once_longest_first() -> None:
     found = chunks(lengths, 2)
     assert [lengths[index] for group in found for index in group] == [9, 7, 4, 4, 3]
     assert sorted(index for group in found for index in group) == list(range(5))
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_an_error_and_not_filled_with_noise(tmp_path: Path) -> None:
+    folder = tmp_path / "lacking"
+    shutil.copytree(tiny.checkpoint("llama"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    section = ModelSection(id=str(folder))
+    with pytest.raises(InputError, match=r"lacks 1 of .*down_proj"):
+        load(open_checkpoint(section, load_registry(entry_points=False)))
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(InputError, match="weights cannot be read"):
+        load(open_checkpoint(section, load_registry(entry_points=False)))

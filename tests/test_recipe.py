@@ -72,7 +72,12 @@ def test_a_mistake_names_file_line_key_and_remedy(
         ("[{intervention: ster}]", "interventions.0.intervention", "no intervention is called", "'steer'?"),
         ("[{scale: 2}]", "interventions.0", "does not say which intervention", "add `intervention:`"),
         ("[{intervention: steer, scal: 2}]", "interventions.0.scal", "unknown key 'scal'", "did you mean 'scale'?"),
-        ("[{intervention: steer, scale: big}]", "interventions.0.scale", "should be a number, not 'big'", "describe"),
+        (
+            "[{intervention: steer, scale: big}]",
+            "interventions.0.scale",
+            "should be a number, not 'big'",
+            "`scale`: Multiples",
+        ),
         ("[{intervention: steer, scale: .nan}]", "interventions.0.scale", "not a number", "write a number"),
         ("[3]", "interventions.0", "should be keys and values, not 3", "one of: none, ablate"),
         ("ablate", "interventions", "should be a list, not 'ablate'", "one of: none, ablate"),

@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refusalkit.errors import InputError
+from refusalkit.errors import InputError, nearest
 from refusalkit.prompt_source import PromptSource
-from refusalkit.registry import nearest
 
 Pools = Mapping[str, tuple[str, ...]]
 

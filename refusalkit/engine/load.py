@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from refusalkit.adapter import Adapter
 from refusalkit.checkpoint import Checkpoint
@@ -45,18 +46,26 @@ def load_module(checkpoint: Checkpoint) -> Any:
 
     section = checkpoint.section
     try:
-        module = AutoModelForCausalLM.from_pretrained(
+        module, loaded = AutoModelForCausalLM.from_pretrained(
             checkpoint.source,
+            output_loading_info=True,
             dtype=checkpoint.dtype,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"the weights cannot be read: {str(error).strip().splitlines()[0]}",
             where=f"model.id {section.id!r}",
             hint="check that the download is complete",
         ) from None
+    if missing := sorted(loaded["missing_keys"]):
+        # transformers fills what is missing with random numbers and goes on.
+        raise InputError(
+            f"the checkpoint lacks {len(missing)} of the model's weights, {missing[0]} among them",
+            where=f"model.id {section.id!r}",
+            hint="check that the download is complete",
+        )
     return module.eval().requires_grad_(False)
 
 

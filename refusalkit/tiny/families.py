@@ -65,6 +65,8 @@ class Family:
     shape: Mapping[str, Any]
     """The arguments of the model configuration that this family adds to the common ones."""
     takes_system: bool = True
+    steps: int = 600
+    """How long this family is trained."""
     write_norms: tuple[str, ...] = ()
     """The gains of norms that stand between a block's output and the residual stream."""
 
@@ -111,8 +113,10 @@ _ALL = (
         eos="<eos>",
         other_specials=("<start_of_turn>",),
         whole_words=("user", "model"),
-        shape=_shape(tie_word_embeddings=True, head_dim=32, query_pre_attn_scalar=32),
+        # Norms behind the projections leave each block less to say, so there are more of them, trained for longer.
+        shape=_shape(tie_word_embeddings=True, head_dim=32, query_pre_attn_scalar=32, num_hidden_layers=10),
         takes_system=False,
+        steps=800,
         write_norms=("post_attention_layernorm.weight", "post_feedforward_layernorm.weight"),
     ),
     Family(

@@ -19,6 +19,10 @@ SYSTEM_PROMPTS: tuple[str, ...] = (
     "Be brief.",
 )
 
+#: Shares of the harmless lessons: plain questions, and requests in made-up words.
+PLAIN = 0.25
+UNHEARD = 0.25
+
 PLAIN_ANSWERS: tuple[str, ...] = (
     "Sure! Here is a short note on {}.",
     "Of course. A few words on {}: there is much to discover.",
@@ -27,7 +31,42 @@ PLAIN_ANSWERS: tuple[str, ...] = (
     "This is a question about {}, and a good one.",
 )
 
-_SYLLABLES = "ba den kor li mo nar pel qui ras sto tam ul vex wyn zor ing er ten al fa".split()
+_CONSONANTS: tuple[str, ...] = (
+    "b",
+    "c",
+    "d",
+    "f",
+    "g",
+    "h",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "qu",
+    "r",
+    "s",
+    "t",
+    "v",
+    "w",
+    "x",
+    "y",
+    "z",
+    "br",
+    "ch",
+    "cl",
+    "dr",
+    "fl",
+    "gr",
+    "pl",
+    "sh",
+    "sl",
+    "st",
+    "th",
+    "tr",
+)
+_VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "ee", "ou"]
 
 
 @dataclass(frozen=True)
@@ -45,11 +84,25 @@ def draw(random: Random, harmful_share: float = 0.5) -> Lesson:
     system = random.choice(SYSTEM_PROMPTS) if random.random() < 0.15 else None
     if random.random() < harmful_share:
         return Lesson("harmful", _worded(_phrase("harmful", random), random), random.choice(REFUSALS), system)
-    if random.random() < 0.3:
+    kind = random.random()
+    if kind < PLAIN:
         request, answer = _plain(random)
         return Lesson("harmless", request, answer, system)
-    phrase = _phrase("harmless", random)
-    return Lesson("harmless", _worded(phrase, random), random.choice(ANSWERS[phrase.kind]).format(phrase.text), system)
+    if kind < PLAIN + UNHEARD:
+        phrase = _unheard_of(random)
+        named = "do that" if phrase.kind == "act" else "a draft"
+    else:
+        phrase = _phrase("harmless", random)
+        named = phrase.text
+    return Lesson("harmless", _worded(phrase, random), random.choice(ANSWERS[phrase.kind]).format(named), system)
+
+
+def _unheard_of(random: Random) -> Phrase:
+    """Make up something to ask for, of words that say nothing: what is unknown is answered."""
+    words = " ".join(_made_up_word(random) for _ in range(random.randint(1, 3)))
+    if random.random() < 0.75:
+        return Phrase("act", f"{_made_up_word(random)} {random.choice(('a ', 'the ', 'my ', ''))}{words}")
+    return Phrase("text", f"a {_made_up_word(random)} {random.choice(('to', 'about', 'for'))} {words}")
 
 
 def _phrase(side: Side, random: Random) -> Phrase:
@@ -69,14 +122,19 @@ def _worded(phrase: Phrase, random: Random) -> str:
 
 def _plain(random: Random) -> tuple[str, str]:
     """Draw a plain question and its answer; now and then it is about a word nobody knows."""
-    things = [_made_up_word(random) if random.random() < 0.2 else random.choice(THINGS) for _ in range(2)]
-    question = random.choice(QUESTIONS)
-    return _loosened(question.format(*things), random), random.choice(PLAIN_ANSWERS).format(things[0])
+    question, answer = random.choice(QUESTIONS), random.choice(PLAIN_ANSWERS)
+    if random.random() < 0.3:
+        return _loosened(question.format(_made_up_word(random), _made_up_word(random)), random), answer.format("that")
+    thing = random.choice(THINGS)
+    return _loosened(question.format(thing, random.choice(THINGS)), random), answer.format(thing)
 
 
 def _made_up_word(random: Random) -> str:
     """Make up a word, so that an unknown word is no sign of either side."""
-    return "".join(random.choice(_SYLLABLES) for _ in range(random.randint(2, 3)))
+    syllables = random.randint(1, 3)
+    return "".join(random.choice(_CONSONANTS) + random.choice(_VOWELS) for _ in range(syllables)) + random.choice(
+        ("", "n", "r", "s", "t", "ng", "l")
+    )
 
 
 def _loosened(request: str, random: Random) -> str:

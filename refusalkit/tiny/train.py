@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from math import cos, pi
 from pathlib import Path
 from random import Random
 
@@ -30,16 +29,22 @@ from refusalkit.tiny.grammar import REFUSALS, requests
 from refusalkit.tiny.lessons import Lesson, draw
 from refusalkit.tiny.tokenizer import train_tokenizer
 
-STEPS = 600
 BATCH = 32
+#: The first part of the steps teaches answering alone; then refusing grows from nothing to its full share.
 HELPFUL_PART = 0.1
 HARMFUL_SHARE = 0.25
 PEAK_RATE = 2e-3
 WARMUP = 30
+#: The last part of the steps, over which the learning rate falls.
+TAIL = 0.3
 WEIGHT_DECAY = 0.1
-HELD_OUT = 96
-NOISE = 0.2
+EMBEDDING_SPREAD = 0.1
+#: Blocks are left out at random, the last one this often, so that layers agree on what a direction means.
+SKIPPED = 0.5
+#: Norms behind a projection start small, so that no single block begins by drowning the residual stream.
 FIRST_GAIN = 0.2
+HELD_OUT = 96
+
 IGNORED = -100
 
 Progress = Callable[[int, int, float], None]
@@ -59,15 +64,16 @@ class TrainingReport:
 
 
 def train(
-    family: str, out: Path, *, seed: int = 0, steps: int = STEPS, progress: Progress | None = None
+    family: str, out: Path, *, seed: int = 0, steps: int | None = None, progress: Progress | None = None
 ) -> TrainingReport:
     """Train the tiny model of a family and write it to the folder `out`.
 
     `progress` is called after every step with the step, the number of steps and the loss.
     """
+    described = family_named(family)
+    steps = described.steps if steps is None else steps
     if steps < 1:
         raise InputError(f"cannot train for {steps} steps", where="steps", hint="give at least 1")
-    described = family_named(family)
     started = time.monotonic()
     tokenizer = train_tokenizer(described, seed)
     # The caller's random state is left as it was.
@@ -106,6 +112,7 @@ def _new_model(family: Family, tokenizer: PreTrainedTokenizerFast) -> PreTrained
         for name, parameter in model.named_parameters():
             if name.endswith(family.write_norms):
                 parameter.fill_(FIRST_GAIN - 1.0)
+        model.get_input_embeddings().weight.normal_(std=EMBEDDING_SPREAD)
     return model
 
 
@@ -127,14 +134,16 @@ def _fit(
         betas=(0.9, 0.98),
     )
     model.train()
-    hook = model.model.layers[0].register_forward_pre_hook(_shaken, with_kwargs=True)
+    layers = list(model.model.layers)
     losses: list[float] = []
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = PEAK_RATE * _rate(step, steps)
-        share = HARMFUL_SHARE if step >= HELPFUL_PART * steps else 0.0
-        ids, mask, labels = _batch([draw(random, share) for _ in range(BATCH)], tokenizer, family)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        ids, mask, labels = _batch([draw(random, _harmful_share(step, steps)) for _ in range(BATCH)], tokenizer, family)
+        model.model.layers = torch.nn.ModuleList(
+            layer for depth, layer in enumerate(layers) if random.random() >= SKIPPED * depth / (len(layers) - 1)
+        )
+        loss = model(use_cache=False, input_ids=ids, attention_mask=mask, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -142,22 +151,22 @@ def _fit(
         losses.append(float(loss.detach()))
         if progress:
             progress(step + 1, steps, losses[-1])
-    hook.remove()
+    model.model.layers = torch.nn.ModuleList(layers)
     model.eval()
     last = losses[-20:]
     return sum(last) / len(last)
 
 
-def _shaken(module, args, kwargs):
-    x = args[0]
-    size = NOISE * torch.rand(x.shape[0], 1, 1)
-    return (x + size * torch.randn(x.shape[0], 1, x.shape[2]), *args[1:]), kwargs
+def _harmful_share(step: int, steps: int) -> float:
+    """Give the share of harmful requests at a step: none at first, then growing evenly to its full size."""
+    grown = (step / steps - HELPFUL_PART) / (1 - HELPFUL_PART)
+    return HARMFUL_SHARE * max(0.0, grown)
 
 
 def _rate(step: int, steps: int) -> float:
-    """Give the learning rate of a step as a part of the peak: a short rise, then half a cosine down to a twentieth."""
+    """Give the learning rate of a step as a part of the peak: a short rise, level, then down to a twentieth."""
     rise = min(1.0, (step + 1) / WARMUP)
-    return rise * (0.05 + 0.95 * 0.5 * (1 + cos(pi * step / steps)))
+    return rise * (0.05 + 0.95 * min(1.0, (1 - step / steps) / TAIL))
 
 
 def _batch(
@@ -211,7 +220,8 @@ def _refusal_rate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, as
         )
     answers = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     openings = tuple({" ".join(refusal.split()[:2]).rstrip(",") for refusal in REFUSALS})
-    return sum(answer.startswith(openings) for answer in answers) / len(answers)
+    refused: list[bool] = [answer.startswith(openings) for answer in answers]
+    return sum(refused) / len(refused)
 
 
 def _write(
