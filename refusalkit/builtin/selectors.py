@@ -84,6 +84,8 @@ class Causal(Selector):
         ):
             table.kl[candidate] = scores.mean().item() if not torch.isnan(scores).any() else float("inf")
         self._drop(table, "kl", everything)
+        if all(candidate in table.fell for candidate in everything):
+            self._finish_kl(table, inputs, subject, reference)
         for candidate, scores in _measured(
             self._unscored(table, everything, table.bypass), inputs, subject, openers, "bypass score"
         ):
@@ -129,6 +131,13 @@ class Causal(Selector):
                 table.fell[candidate] = f"induced score below {self.min_induced_score:g}"
             elif which == "kl" and score > self.max_kl_nats:
                 table.fell[candidate] = f"KL above {self.max_kl_nats:g} nats"
+
+    def _finish_kl(self, table: Table, inputs: SelectInputs, subject: Subject, reference: Tensor) -> None:
+        """Measure to the end what was given up, so that the nearest miss can be named with its number."""
+        given_up = [candidate for candidate, score in table.kl.items() if score == float("inf")]
+        whole = Measure("kl_nats", reference=reference)
+        for candidate, scores in _measured(given_up, inputs, subject, whole, "KL under ablation"):
+            table.kl[candidate] = scores.mean().item()
 
     def _decide(self, table: Table, everything: Sequence[Candidate], baseline: tuple[float, float]) -> Selection:
         # The most negative bypass score wins; ties keep the order of enumeration, as the authors' sort does.
