@@ -246,7 +246,7 @@ def test_a_leak_is_refused_between_splits_and_between_sides(plan_of: PlanOf, tmp
             "induced score below 99; ",
             "lower `select.min_induced_score`",
         ),
-        (("select.max_kl_nats=0",), "select", "its KL is above 0 nats", "raise `select.max_kl_nats`"),
+        (("select.max_kl_nats=0",), "select", "is above 0 nats", "raise `select.max_kl_nats`"),
         (("select={selector: fixed, layer: 0}",), "select", "layer 0 is zero", "choose another place"),
         (
             ("evaluate.interventions=[{intervention: steer, scale: 1e40}]",),
