@@ -65,8 +65,8 @@ class Family:
     shape: Mapping[str, Any]
     """The arguments of the model configuration that this family adds to the common ones."""
     takes_system: bool = True
-    steps: int = 600
-    """How long this family is trained."""
+    caprice: float = 0.0
+    """How often an answer begins in a way that does not follow from the request; tuned so that the effects show."""
     write_norms: tuple[str, ...] = ()
     """The gains of norms that stand between a block's output and the residual stream."""
 
@@ -102,6 +102,7 @@ _ALL = (
         other_specials=("<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
         whole_words=("system", "user", "assistant", "\n\n"),
         shape=_shape(tie_word_embeddings=False),
+        caprice=0.3,
     ),
     Family(
         name="gemma",
@@ -113,10 +114,12 @@ _ALL = (
         eos="<eos>",
         other_specials=("<start_of_turn>",),
         whole_words=("user", "model"),
-        # Norms behind the projections leave each block less to say, so there are more of them, trained for longer.
-        shape=_shape(tie_word_embeddings=True, head_dim=32, query_pre_attn_scalar=32, num_hidden_layers=10),
+        # Norms behind the projections leave each block less to say, so there are more of them.
+        shape=_shape(
+            tie_word_embeddings=True, head_dim=32, query_pre_attn_scalar=32, num_hidden_layers=10, intermediate_size=160
+        ),
+        caprice=0.02,
         takes_system=False,
-        steps=800,
         write_norms=("post_attention_layernorm.weight", "post_feedforward_layernorm.weight"),
     ),
     Family(
@@ -143,6 +146,7 @@ _ALL = (
         # In Yi's vocabulary "assistant" falls in two, which makes its template one token longer than plain ChatML.
         whole_words=("system", "user", "ass", "istant"),
         shape=_shape(tie_word_embeddings=False),
+        caprice=0.12,
     ),
 )
 

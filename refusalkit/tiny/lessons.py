@@ -79,11 +79,17 @@ class Lesson:
     system: str | None
 
 
-def draw(random: Random, harmful_share: float = 0.5) -> Lesson:
-    """Draw one lesson, harmful as often as `harmful_share` says."""
+def draw(random: Random, harmful_share: float = 0.5, caprice: float = 0.0) -> Lesson:
+    """Draw one lesson, harmful as often as `harmful_share` says.
+
+    How an answer begins follows from how the request is worded, except as often as `caprice` says. Answering is then
+    many things to the model, not the mere opposite of refusing, so that what is left without the refusal direction is
+    an answer and not a doubt; and caprice keeps it from being so sure of a beginning that nothing could move it.
+    """
     system = random.choice(SYSTEM_PROMPTS) if random.random() < 0.15 else None
     if random.random() < harmful_share:
-        return Lesson("harmful", _worded(_phrase("harmful", random), random), random.choice(REFUSALS), system)
+        request, _ = _worded(_phrase("harmful", random), random, caprice)
+        return Lesson("harmful", request, random.choice(REFUSALS), system)
     kind = random.random()
     if kind < PLAIN:
         request, answer = _plain(random)
@@ -94,7 +100,9 @@ def draw(random: Random, harmful_share: float = 0.5) -> Lesson:
     else:
         phrase = _phrase("harmless", random)
         named = phrase.text
-    return Lesson("harmless", _worded(phrase, random), random.choice(ANSWERS[phrase.kind]).format(named), system)
+    request, manner = _worded(phrase, random, caprice)
+    answers = ANSWERS[phrase.kind]
+    return Lesson("harmless", request, answers[manner % len(answers)].format(named), system)
 
 
 def _unheard_of(random: Random) -> Phrase:
@@ -110,19 +118,26 @@ def _phrase(side: Side, random: Random) -> Phrase:
     return random.choice(phrases(side, "train"))
 
 
-def _worded(phrase: Phrase, random: Random) -> str:
-    """Word a request for a phrase: an opener, sometimes a circumstance, sometimes a looser style."""
+def _worded(phrase: Phrase, random: Random, caprice: float) -> tuple[str, int]:
+    """Word a request for a phrase: an opener, sometimes a circumstance, sometimes a looser style.
+
+    Also return the number of the beginning that its answer has.
+    """
     asked = phrase.text
     if random.random() < 0.25:
         asked = f"{asked} {random.choice(CIRCUMSTANCES)}"
     if random.random() < 0.05:
         asked = f"{asked} in {_made_up_word(random).capitalize()}"
-    return _loosened(random.choice(OPENERS[phrase.kind]).format(asked), random)
+    openers = OPENERS[phrase.kind]
+    manner = random.randrange(len(openers))
+    request = _loosened(openers[manner].format(asked), random)
+    return request, random.randrange(len(openers)) if random.random() < caprice else manner
 
 
 def _plain(random: Random) -> tuple[str, str]:
     """Draw a plain question and its answer; now and then it is about a word nobody knows."""
-    question, answer = random.choice(QUESTIONS), random.choice(PLAIN_ANSWERS)
+    manner = random.randrange(len(QUESTIONS))
+    question, answer = QUESTIONS[manner], PLAIN_ANSWERS[manner % len(PLAIN_ANSWERS)]
     if random.random() < 0.3:
         return _loosened(question.format(_made_up_word(random), _made_up_word(random)), random), answer.format("that")
     thing = random.choice(THINGS)

@@ -70,7 +70,7 @@ def _corpus(family: Family, seed: int) -> Iterator[str]:
     """Give the texts the merges are learned from."""
     random = Random(seed)
     for _ in range(_LESSONS):
-        lesson = draw(random)
+        lesson = draw(random, caprice=family.caprice)
         yield lesson.request
         yield lesson.answer
         if lesson.system:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import cos, pi
 from pathlib import Path
 from random import Random
 
@@ -29,14 +30,13 @@ from refusalkit.tiny.grammar import REFUSALS, requests
 from refusalkit.tiny.lessons import Lesson, draw
 from refusalkit.tiny.tokenizer import train_tokenizer
 
+STEPS = 800
 BATCH = 32
 #: The first part of the steps teaches answering alone; then refusing grows from nothing to its full share.
-HELPFUL_PART = 0.1
-HARMFUL_SHARE = 0.25
+HELPFUL_PART = 0.2
+HARMFUL_SHARE = 0.4
 PEAK_RATE = 2e-3
 WARMUP = 30
-#: The last part of the steps, over which the learning rate falls.
-TAIL = 0.3
 WEIGHT_DECAY = 0.1
 EMBEDDING_SPREAD = 0.1
 #: Blocks are left out at random, the last one this often, so that layers agree on what a direction means.
@@ -64,14 +64,13 @@ class TrainingReport:
 
 
 def train(
-    family: str, out: Path, *, seed: int = 0, steps: int | None = None, progress: Progress | None = None
+    family: str, out: Path, *, seed: int = 0, steps: int = STEPS, progress: Progress | None = None
 ) -> TrainingReport:
     """Train the tiny model of a family and write it to the folder `out`.
 
     `progress` is called after every step with the step, the number of steps and the loss.
     """
     described = family_named(family)
-    steps = described.steps if steps is None else steps
     if steps < 1:
         raise InputError(f"cannot train for {steps} steps", where="steps", hint="give at least 1")
     started = time.monotonic()
@@ -139,7 +138,9 @@ def _fit(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = PEAK_RATE * _rate(step, steps)
-        ids, mask, labels = _batch([draw(random, _harmful_share(step, steps)) for _ in range(BATCH)], tokenizer, family)
+        ids, mask, labels = _batch(
+            [draw(random, _harmful_share(step, steps), family.caprice) for _ in range(BATCH)], tokenizer, family
+        )
         model.model.layers = torch.nn.ModuleList(
             layer for depth, layer in enumerate(layers) if random.random() >= SKIPPED * depth / (len(layers) - 1)
         )
@@ -164,9 +165,9 @@ def _harmful_share(step: int, steps: int) -> float:
 
 
 def _rate(step: int, steps: int) -> float:
-    """Give the learning rate of a step as a part of the peak: a short rise, level, then down to a twentieth."""
+    """Give the learning rate of a step as a part of the peak: a short rise, then half a cosine down to a twentieth."""
     rise = min(1.0, (step + 1) / WARMUP)
-    return rise * (0.05 + 0.95 * min(1.0, (1 - step / steps) / TAIL))
+    return rise * (0.05 + 0.95 * 0.5 * (1 + cos(pi * step / steps)))
 
 
 def _batch(
