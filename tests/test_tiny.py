@@ -75,7 +75,7 @@ def test_training_learns_and_repeats_itself(tmp_path: Path) -> None:
     losses: list[float] = []
     train("llama", tmp_path / "a", steps=12, progress=lambda step, steps, loss: losses.append(loss))
     train("llama", tmp_path / "b", steps=12)
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.3
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 

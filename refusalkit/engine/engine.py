@@ -8,6 +8,7 @@ than the rounding of the model's own dtype.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,9 @@ class Engine:
         self.prompt_passes = 0.0
         """How many forward passes of one prompt through all layers have run; partial passes count in part."""
         self.shares_prefix = True
+        # transformers 5.24 renames the argument.
+        renamed = "cache" in inspect.signature(self.module.forward).parameters
+        self._cache_argument = "cache" if renamed else "past_key_values"
 
     @property
     def device(self) -> torch.device:
@@ -183,7 +187,7 @@ class Engine:
         if prefix:
             cache = self._prefix_cache(pack, prefix, clean, start)
             cache.batch_repeat_interleave(rows)
-            options.update(past_key_values=cache, use_cache=True)
+            options.update(self._with_cache(cache))
         program = lower(pack.interventions, self.adapter, rows, self.device)
         self.prompt_passes += times * rows * (self.n_layers - start) / self.n_layers
         return blocks.last_logits(self.model, group.repeated(times), program, options, (skipped, resid))
@@ -199,7 +203,7 @@ class Engine:
         resid = None
         if start and clean is not None:
             resid = clean.prefix_resid[start].to(self.device).repeat(times, 1, 1)
-        options = {"logits_to_keep": 1, "use_cache": True, "past_key_values": cache}
+        options = {"logits_to_keep": 1, **self._with_cache(cache)}
         blocks.last_logits(self.model, _prefix_inputs(prefix, times, self.device), program, options, (skipped, resid))
         if start and clean is not None:
             # Layers that did not run have left no keys; theirs are the unmodified model's.
@@ -219,11 +223,11 @@ class Engine:
             inputs = _prefix_inputs(prefix, 1, self.device)
             # Not stopped after the last input: the cache needs the last block too.
             last = lower([NOTHING], self.adapter, 1, self.device, [*reads, ("resid_post", self.n_layers - 1)])
-            front = blocks.read(self.model, inputs, last, None, {"past_key_values": cache, "use_cache": True})
+            front = blocks.read(self.model, inputs, last, None, self._with_cache(cache))
             prefix_resid = front[:-1]
             used = copy.deepcopy(cache)
             used.batch_repeat_interleave(len(group.indices))
-            options.update(past_key_values=used, use_cache=True)
+            options.update(self._with_cache(used))
         program = lower([NOTHING], self.adapter, 1, self.device, reads)
         resid = blocks.read(self.model, group.repeated(1), program, None, options)
         self.prompt_passes += len(group.indices)
@@ -325,7 +329,7 @@ class Engine:
             if shared is not None:
                 used = copy.deepcopy(shared)
                 used.batch_repeat_interleave(len(indices))
-                options = {"past_key_values": used, "use_cache": True}
+                options = self._with_cache(used)
             try:
                 run(group, options)
             except (RuntimeError, MemoryError) as error:
@@ -348,9 +352,12 @@ class Engine:
 
     def _shared_cache(self, prefix: Tokens) -> Any:
         cache = self._empty_cache()
-        options = {"logits_to_keep": 1, "use_cache": True, "past_key_values": cache}
+        options = {"logits_to_keep": 1, **self._with_cache(cache)}
         blocks.last_logits(self.model, _prefix_inputs(prefix, 1, self.device), (), options, ((), None))
         return cache
+
+    def _with_cache(self, cache: Any) -> dict[str, Any]:
+        return {self._cache_argument: cache, "use_cache": True}
 
     def _empty_cache(self) -> Any:
         from transformers import DynamicCache
