@@ -55,5 +55,6 @@ def removed(
     change = torch.zeros(states[0].shape[0], rows.shape[0], dtype=torch.float64, device=states[0].device)
     for (site, layer), state, grad in zip(places, states, grads, strict=True):
         if site in ("attn_out", "mlp_out") or (site, layer) == ("resid_pre", 0):
-            change -= ((grad.float() @ rows.T) * (state.float() @ rows.T)).sum(1)
+            onto = rows.to(state.device).T
+            change -= ((grad.float() @ onto) * (state.float() @ onto)).sum(1).to(change.device)
     return change.reshape(-1, *bases.shape[:2]).sum(-1).T
