@@ -10,7 +10,7 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
     pools, dropped = read_pools(recipe.prompts, folder, registry)
     checkpoint = open_checkpoint(recipe.model, registry)
     _check_quantized(recipe)
-    template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, _options(recipe, checkpoint))
+    template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, instead=recipe.prompts.chat_template)
+    template = replace(template, options=_options(recipe, checkpoint, template))
     wanted = recipe.capture.positions
     if recipe.select.openers != "auto":
         _check_openers(recipe.select.openers, template)
@@ -86,10 +87,10 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
     return Plan(recipe, registry, checkpoint, template, request, _keys(recipe, registry, checkpoint, template, request))
 
 
-def _options(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
+def _options(recipe: Recipe, checkpoint: Checkpoint, template: ChatTemplate) -> dict[str, Any]:
     options: dict[str, Any] = dict(recipe.prompts.template_options)
     for name in options:
-        _check_variable(name, checkpoint, f"prompts.template_options.{name}")
+        _check_variable(name, template, f"prompts.template_options.{name}")
     if recipe.prompts.thinking is not None:
         variable = checkpoint.adapter.family.thinking
         if variable is None:
@@ -98,7 +99,7 @@ def _options(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
                 where="prompts.thinking",
                 hint="leave it out, or set the template's own variable in `prompts.template_options`",
             )
-        _check_variable(variable, checkpoint, "prompts.thinking")
+        _check_variable(variable, template, "prompts.thinking")
         options[variable] = recipe.prompts.thinking
     return options
 
@@ -120,26 +121,25 @@ def _check_quantized(recipe: Recipe) -> None:
         )
 
 
-def _check_openers(openers: tuple[str, ...], template: ChatTemplate) -> None:
+def _check_openers(openers: tuple[str | int, ...], template: ChatTemplate) -> None:
     """Find out before any weight is loaded whether the openers can be turned into tokens."""
     if not openers:
         raise InputError("lists no opener", where="select.openers", hint="name some, or write `auto`")
     template.opener_ids(openers)
 
 
-def _check_variable(name: str, checkpoint: Checkpoint, where: str) -> None:
+def _check_variable(name: str, template: ChatTemplate, where: str) -> None:
     """Refuse a variable that the chat template never reads: switching it would change nothing and raise nothing."""
     import inspect
 
-    template = str(checkpoint.tokenizer.chat_template)
-    reserved = {"messages", *inspect.signature(checkpoint.tokenizer.apply_chat_template).parameters}
-    words = set(re.findall(r"\b[A-Za-z_]\w*\b", template))
+    reserved = {"messages", *inspect.signature(template.tokenizer.apply_chat_template).parameters}
+    words = set(re.findall(r"\b[A-Za-z_]\w*\b", str(template.source)))
     if name in reserved or name not in words:
         close = difflib.get_close_matches(name, words - reserved, n=1, cutoff=0.7)
         raise InputError(
             f"the chat template has no variable {name!r} to set",
             where=where,
-            hint=f"did you mean {close[0]!r}?" if close else "leave it out, or read the checkpoint's chat template",
+            hint=f"did you mean {close[0]!r}?" if close else "leave it out, or read the chat template",
         )
 
 

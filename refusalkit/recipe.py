@@ -96,6 +96,8 @@ class PromptsSection(Section):
     validation, as the paper's code does."""
     system: str | None = None
     """A system prompt; null leaves it to the chat template."""
+    chat_template: str | None = None
+    """A chat template in Jinja that takes the place of the checkpoint's."""
     thinking: bool | None = None
     """Switch the thinking mode of a model that has one; null leaves it to the chat template."""
     template_options: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
