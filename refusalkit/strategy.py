@@ -39,6 +39,7 @@ class Strategy(BaseModel, ABC):
     def find(self, harmful: Captured, harmless: Captured) -> Tensor:
         """Return a direction for every candidate: [position, layer, d_model], or [position, layer, rank, d_model].
 
-        Directions keep their natural length (steering adds them as they are); an exact zero means that there is
-        nothing to find at that place. The inputs must not be changed, and the same inputs must give the same result.
+        Directions keep their natural length (steering adds them as they are, and of a subspace the first row); an
+        exact zero means that there is nothing to find at that place. The inputs must not be changed, and the same
+        inputs must give the same result.
         """

@@ -27,14 +27,16 @@ import yaml
 
 from refusalkit import reference
 from refusalkit.cli import app
-from refusalkit.plan import read_pools
+from refusalkit.pipeline import execute
+from refusalkit.plan import make_plan, read_pools
 from refusalkit.recipe import Recipe, json_schema
 from refusalkit.recipe_file import Source, check, load_recipe
 from refusalkit.registry import Registry, load_registry
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+METHODS = sorted((ROOT / "recipes" / "methods").glob("*.yaml"))
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
 
 #: What the sandbox's copy of the quickstart asks for instead, so that a page takes seconds.
@@ -111,6 +113,24 @@ def test_every_recipe_is_here() -> None:
         "qwen2.5-7b-instruct.yaml",
         "yi-6b-chat.yaml",
     ]
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.name)
+def test_every_method_runs_and_differs_from_the_others_in_one_line(path: Path, tmp_path: Path) -> None:
+    kept = re.compile("^(# |name:|find:)")
+    assert [line for line in path.read_text(encoding="utf-8").splitlines() if not kept.match(line)] == [
+        line for line in METHODS[0].read_text(encoding="utf-8").splitlines() if not kept.match(line)
+    ]
+    registry = load_registry()
+    changes = ["prompts.train=24", "prompts.validation=8", "prompts.test=8", "evaluate.max_new_tokens=4"]
+    recipe = load_recipe(path, registry, changes)
+    execute(make_plan(recipe, path.parent, registry), tmp_path / "run", until="evaluate")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["choice"]
+
+
+def test_every_strategy_that_needs_no_more_than_prompts_has_a_recipe(registry: Registry) -> None:
+    shown = {load_recipe(path, registry).find.strategy for path in METHODS}
+    assert shown == set(registry.strategies)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

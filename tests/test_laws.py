@@ -8,10 +8,12 @@ import pytest
 
 from refusalkit.adapter import Adapter, Write
 from refusalkit.builtin.adapters import ADAPTERS, GEMMA2, LLAMA
+from refusalkit.builtin.estimators import ESTIMATORS, Pca, Shuffled, Som
 from refusalkit.builtin.interventions import INTERVENTIONS, Steer
 from refusalkit.builtin.metrics import METRICS
 from refusalkit.builtin.selectors import Causal, Fixed
 from refusalkit.builtin.strategies import STRATEGIES, Random
+from refusalkit.strategy import Strategy
 from refusalkit.testing import (
     Law,
     check_adapter,
@@ -56,9 +58,13 @@ def test_adapter_law_catches_a_claim_of_equality_that_is_false() -> None:
     assert broken == ["orthogonalized weights equal ablation, in logits"]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_strategies_obey_their_laws(strategy: type) -> None:
-    _assert_hold(check_strategy(strategy(), finds=strategy is not Random))
+@pytest.mark.parametrize(
+    "strategy",
+    [*(kind() for kind in (*STRATEGIES, *ESTIMATORS)), Pca(pairing="pooled"), Som(rank=1, side=1)],
+    ids=repr,
+)
+def test_strategies_obey_their_laws(strategy: Strategy) -> None:
+    _assert_hold(check_strategy(strategy, finds=not isinstance(strategy, Random | Shuffled)))
 
 
 @pytest.mark.parametrize("spec", [*(kind() for kind in INTERVENTIONS), Steer(scale=-2.0)], ids=lambda spec: spec.label)

@@ -120,7 +120,8 @@ def test_directions_scores_survivors_and_choice_are_the_authors(model: Path, tmp
     assert candidates is not None
     assert choice is not None
     theirs = load_file(AUTHORS / "mean_diffs.safetensors")["mean_diffs"]
-    nonzero = theirs.norm(dim=-1) > 0
+    # At layer 0 template tokens are the same in every prompt; the authors' sums leave rounding there, ours exact zeros.
+    nonzero = theirs.norm(dim=-1) > 1e-6
     assert torch.equal(candidates.directions.norm(dim=-1) > 0, nonzero)
     cosine = torch.nn.functional.cosine_similarity(candidates.directions, theirs, dim=-1)
     assert cosine[nonzero].min() > 0.99999

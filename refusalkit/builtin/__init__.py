@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from refusalkit.builtin.adapters import ADAPTERS
 from refusalkit.builtin.arditi import ARDITI
+from refusalkit.builtin.estimators import ESTIMATORS
 from refusalkit.builtin.interventions import INTERVENTIONS
 from refusalkit.builtin.metrics import METRICS
 from refusalkit.builtin.selectors import SELECTORS
@@ -30,7 +31,7 @@ def refusalkit_adapters() -> Sequence[Adapter]:
 
 @hookimpl
 def refusalkit_strategies() -> Sequence[type[Strategy]]:
-    return STRATEGIES
+    return (*STRATEGIES, *ESTIMATORS)
 
 
 @hookimpl

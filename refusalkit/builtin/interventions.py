@@ -46,7 +46,9 @@ class Steer(InterventionSpec):
     """Multiples of the direction as found: 1 induces refusal, -1 bypasses it."""
 
     def build(self, direction: Direction) -> Intervention:
-        return Intervention((Edit(direction.site, direction.layer, add=self.scale * direction.vector),))
+        # Of a subspace the first row is added.
+        vector = direction.vector.reshape(-1, direction.vector.shape[-1])[0]
+        return Intervention((Edit(direction.site, direction.layer, add=self.scale * vector),))
 
 
 class Orthogonalize(InterventionSpec):
