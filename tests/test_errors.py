@@ -110,9 +110,9 @@ def test_a_checkpoint_that_cannot_be_read(
 
 
 def test_an_unsupported_architecture_lists_the_known_and_how_to_add_one(plan_of: PlanOf, checkpoint: Copy) -> None:
-    folder = checkpoint(config=config(architectures=["GPT2LMHeadModel"], model_type="gpt2"))
+    folder = checkpoint(config=config(architectures=["BloomForCausalLM"], model_type="bloom"))
     error = refused(InputError, lambda: plan_of(f"model.id={folder}"))
-    assert error.message == "no adapter is for the architecture GPT2LMHeadModel"
+    assert error.message == "no adapter is for the architecture BloomForCausalLM"
     for known in ("LlamaForCausalLM", "Gemma2ForCausalLM", "Qwen2ForCausalLM", "docs/how-to/write-a-plugin.md"):
         assert known in str(error.hint)
 

@@ -48,6 +48,7 @@ def read(
     `positions` picks positions; None keeps them all.
     """
     index = slice(None) if positions is None else list(positions)
+    prompts = len(inputs["input_ids"])
     with torch.no_grad(), model.trace(inputs, **options) as tracer:
         found = nnsight.save([])
         for path, at_input, remove, add, keep in program:
@@ -60,7 +61,7 @@ def read(
                 else:
                     module.output = value
             if keep:
-                found.append(algebra.hidden(value)[:, index])
+                found.append(algebra.hidden(value, prompts)[:, index])
         tracer.stop()
     return found  # type: ignore[no-any-return]
 
@@ -70,6 +71,7 @@ def read_sums(
 ) -> Tensor:
     """Return the sum over rows of what `program` keeps at `positions`, [position, read, d_model] float64."""
     index = list(positions)
+    prompts = len(inputs["input_ids"])
     with torch.no_grad(), model.trace(inputs, **options) as tracer:
         rows = []
         for path, at_input, remove, add, keep in program:
@@ -82,7 +84,7 @@ def read_sums(
                 else:
                     module.output = value
             if keep:
-                rows.append(algebra.hidden(value)[:, index].double().sum(0).cpu())
+                rows.append(algebra.hidden(value, prompts)[:, index].double().sum(0).cpu())
         total = nnsight.save(torch.stack(rows, 1))
         tracer.stop()
     return total  # type: ignore[no-any-return]
