@@ -98,6 +98,17 @@ def kl_nats(reference: Tensor, logits: Tensor) -> Tensor:
     return (p * ((p + KL_EPSILON).log() - (q + KL_EPSILON).log())).sum(-1)
 
 
+def drawn_log_probability(logits: Tensor, quantile: Tensor) -> Tensor:
+    """Return the log-probability [prompt] of the next token at `quantile` [prompt] of the distribution's sum.
+
+    With quantiles spread evenly the tokens are a sample of the distribution, and half the squared change of their
+    log-probability has the expectation of the KL to second order (the Fisher information). Computed in float64.
+    """
+    log_probability = logits.double().log_softmax(-1)
+    drawn = (log_probability.detach().exp().cumsum(-1) < quantile[:, None].to(logits.device)).sum(-1)
+    return log_probability.gather(-1, drawn.clamp(max=logits.shape[-1] - 1)[:, None])[:, 0]
+
+
 def completion_loss(logits: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
     """Sum the cross-entropy, in nats, of the tokens that `mask` marks: [prompt].
 

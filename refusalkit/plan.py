@@ -7,6 +7,7 @@ stage's content key hashes what decides its result, so a finished stage is recog
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
     """
     pools, dropped = read_pools(recipe.prompts, folder, registry)
     checkpoint = open_checkpoint(recipe.model, registry)
+    _check_quantized(recipe)
     template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, _options(recipe, checkpoint))
     wanted = recipe.capture.positions
     if recipe.select.openers != "auto":
@@ -99,6 +101,23 @@ def _options(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Any]:
         _check_variable(variable, checkpoint, "prompts.thinking")
         options[variable] = recipe.prompts.thinking
     return options
+
+
+def _check_quantized(recipe: Recipe) -> None:
+    if recipe.model.quantize == "none":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "bitsandbytes is not installed",
+            where=f"model.quantize {recipe.model.quantize!r}",
+            hint="pip install 'refusalkit[quantized]'",
+        )
+    if edits := [spec.label for spec in recipe.evaluate.interventions if spec.on_weights]:
+        raise InputError(
+            f"{edits[0]!r} edits weights, and quantized weights cannot be edited",
+            where="evaluate.interventions",
+            hint="leave it out, or load the model with `quantize: none`",
+        )
 
 
 def _check_openers(openers: tuple[str, ...], template: ChatTemplate) -> None:
@@ -192,10 +211,10 @@ def _keys(
     def owner(kind: str, name: str) -> str:
         return str(registry.owner(f"refusalkit_{kind}", name))
 
-    evaluate = recipe.evaluate
+    evaluate, model = recipe.evaluate, recipe.model
     own: dict[str, dict[str, Any]] = {
         "prompts": {
-            "model": [checkpoint.section.id, checkpoint.revision, checkpoint.section.dtype],
+            "model": [model.id, checkpoint.revision, model.dtype, model.quantize],
             "adapter": [repr(checkpoint.adapter), owner("adapters", checkpoint.adapter.name)],
             "template": template.digest(),
             "request": [request.harmful, request.harmless, request.positions, request.filter, request.openers],

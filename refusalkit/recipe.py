@@ -53,7 +53,10 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The weights' type; `auto` takes the checkpoint's own, and float32 for the embedded models."""
     device: str = "auto"
-    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`."""
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`, `mps`; `balanced` spreads layers over all GPUs."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Pack the weights to 8 or 4 bits as they are loaded (bitsandbytes, the extra `quantized`). Activations are read
+    and edited as ever; the weights can no longer be edited."""
     batch_size: Literal["auto"] | Count = "auto"
     """Prompts a forward pass; `auto` starts at 32 and halves when memory runs out. Results do not depend on it."""
     where: Literal["local"] = "local"

@@ -32,6 +32,21 @@ class Measure:
     """Give up on an intervention once its mean over all prompts cannot come back to this value."""
 
 
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Hold first-order estimates of what candidates do to one measure, from the unmodified model's gradients.
+
+    Adding a vector `v` at a layer moves the mean of a refusal score by about `gradient[layer] @ v`.
+    """
+
+    value: Tensor
+    """[prompt] float64: the measure itself; 0 for a KL."""
+    gradient: Tensor
+    """[layer, d_model] float64: the gradient at the site, summed over positions and averaged over prompts."""
+    removal: Tensor
+    """[candidate, prompt] float64: the estimated measure once the candidate is removed from every write."""
+
+
 class Subject(Protocol):
     """What a selector may ask of the model; the engine provides it, locally or remotely."""
 
@@ -50,6 +65,14 @@ class Subject(Protocol):
         """Reduce every prompt's logits under every intervention: [intervention, prompt] float64.
 
         Not-a-number stands for the prompts after which an intervention was given up (`Measure.stop_above`).
+        """
+
+    def attribute(
+        self, prompts: Sequence[Tokens], bases: Tensor, site: Site, measures: Sequence[Measure]
+    ) -> list[Attribution]:
+        """Estimate what candidates do to each measure from one forward pass and one backward pass a measure.
+
+        bases [candidate, rank, d_model], rows orthonormal or zero.
         """
 
 
@@ -114,6 +137,11 @@ class Selector(BaseModel, ABC):
     openers: Literal["auto"] | tuple[str, ...] = "auto"
     """The texts that open a refusal, turned into token ids in context; `auto` takes the family's where this model
     says them and otherwise finds them on the training prompts."""
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether selecting runs backward passes, which a shared server does not allow."""
+        return False
 
     @abstractmethod
     def select(self, inputs: SelectInputs, subject: Subject) -> Selection:

@@ -150,6 +150,7 @@ def test_interventions_obey_their_laws(spec) -> None:  # type: ignore[no-untyped
         Causal(max_kl_nats=50.0, min_induced_score=-50.0),
         Causal(max_kl_nats=0.0, min_induced_score=50.0),
         Causal(exhaustive=True),
+        Causal(screen="gradient", keep=3, max_kl_nats=50.0, min_induced_score=-50.0),
         Fixed(position=-1, layer=2),
     ],
     ids=repr,

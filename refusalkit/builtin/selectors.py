@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from refusalkit.builtin.interventions import ablate_everywhere
+from refusalkit.builtin.screen import Estimates, estimate
 from refusalkit.intervention import NOTHING, Direction, Edit, Intervention
 from refusalkit.selector import Measure, Score, SelectInputs, Selection, Selector, Subject
 
@@ -19,6 +20,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 NO_DIFFERENCE = "no difference between harmful and harmless here"
 PRUNED = "in the last layers, which are pruned"
+SCREENED = "not among the best by the gradient estimate"
 NOT_A_NUMBER = "a score is not a number"
 
 
@@ -39,6 +41,7 @@ class Table:
     kl: dict[Candidate, float]
     bypass: dict[Candidate, float]
     fell: dict[Candidate, str]
+    estimates: Estimates | None = None
 
 
 class Causal(Selector):
@@ -58,6 +61,21 @@ class Causal(Selector):
     """Share of the last layers whose candidates are never chosen: they act on the output tokens directly."""
     exhaustive: bool = False
     """Score every candidate on all three measures, for full maps; the choice is the same."""
+    screen: Literal["none", "gradient"] = "none"
+    """`gradient` estimates every candidate's scores from one backward pass a prompt and scores only the best `keep`:
+    faster, and the choice is scored exactly, but a candidate that is estimated badly can be missed."""
+    keep: Annotated[int, Field(ge=1)] = 10
+    """How many candidates the screen keeps."""
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> Causal:
+        if self.exhaustive and self.screen != "none":
+            raise ValueError("`exhaustive: true` scores what `screen` leaves out; take one of them")
+        return self
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.screen == "gradient"
 
     def select(self, inputs: SelectInputs, subject: Subject) -> Selection:
         import torch
@@ -72,6 +90,9 @@ class Causal(Selector):
         ]
         table = Table({}, {}, {}, {})
         self._drop_before_scoring(table, everything, inputs, (harmful, harmless))
+        if self.screen == "gradient":
+            table.estimates = estimate(inputs, subject, openers)
+            self._screen(table, everything)
         steering = self._unscored(table, everything, table.induced)
         for candidate, scores in _measured(steering, inputs, subject, openers, "induced score"):
             table.induced[candidate] = scores.mean().item()
@@ -107,6 +128,13 @@ class Causal(Selector):
                 table.fell[candidate] = NO_DIFFERENCE
             elif candidate.layer >= first_pruned:
                 table.fell[candidate] = PRUNED
+
+    def _screen(self, table: Table, everything: Sequence[Candidate]) -> None:
+        assert table.estimates is not None
+        places = {(candidate.row, candidate.layer): candidate for candidate in everything}
+        eligible = [place for place, candidate in places.items() if candidate not in table.fell]
+        for place in table.estimates.ranked(eligible, self.max_kl_nats)[self.keep :]:
+            table.fell[places[place]] = SCREENED
 
     def _unscored(
         self, table: Table, everything: Sequence[Candidate], scores: dict[Candidate, float]
@@ -155,11 +183,12 @@ class Causal(Selector):
                 _finite(table.induced.get(candidate)),
                 _finite(table.kl.get(candidate)),
                 status.get(candidate) or table.fell[candidate],
+                {} if table.estimates is None else table.estimates.at((candidate.row, candidate.layer)),
             )
             for candidate in everything
         )
         miss = None if survivors else self._nearest_miss(table)
-        return Selection(scores, *baseline, nearest_miss=miss, hint=_HINT)
+        return Selection(scores, *baseline, nearest_miss=miss, hint=_HINT if self.screen == "none" else _SCREEN_HINT)
 
     def _nearest_miss(self, table: Table) -> str:
         """Name the candidate that came closest and what stopped it."""
@@ -186,6 +215,7 @@ _HINT = (
     "raise `select.max_kl_nats` or lower `select.min_induced_score` if the nearest miss is good enough for you, "
     "use more prompts, or capture other positions"
 )
+_SCREEN_HINT = f"raise `select.keep` or leave out `select.screen`, which may have passed a survivor over; or {_HINT}"
 
 
 def _finite(value: float | None) -> float | None:

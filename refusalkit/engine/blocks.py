@@ -17,6 +17,8 @@ from refusalkit import algebra
 from refusalkit.engine.lower import Program
 
 Inputs = Mapping[str, Tensor]
+#: (whether to draw a token rather than score the openers, the quantile [row] to draw at or the openers' token ids)
+Objective = tuple[bool, Tensor]
 
 
 def last_logits(
@@ -88,6 +90,33 @@ def read_sums(
         total = nnsight.save(torch.stack(rows, 1))
         tracer.stop()
     return total  # type: ignore[no-any-return]
+
+
+def gradients(
+    model: Any, inputs: Inputs, program: Program, objectives: Sequence[Objective], options: Mapping[str, Any]
+) -> tuple[list[Tensor], list[tuple[Tensor, list[Tensor]]]]:
+    """Return the hidden states [row, position, d_model] that `program` keeps, and what each objective says of them.
+
+    That is its value [row] and its gradient at each of the hidden states. The first place kept has to be the input of
+    the first block: everything later is differentiable because it is.
+    """
+    with torch.enable_grad(), model.trace(inputs, **options):
+        kept: list[Tensor] = []
+        for path, at_input, _, _, _ in program:
+            module = model.get(path)
+            value = algebra.hidden(module.input if at_input else module.output)
+            if not kept:
+                value.requires_grad_(True)
+            kept.append(value)
+        logits = model.output.logits[:, -1]
+        found = []
+        for draws, numbers in objectives:
+            score = algebra.drawn_log_probability if draws else algebra.refusal_score
+            values = score(logits, numbers)
+            found.append((values.detach(), list(torch.autograd.grad(values.sum(), kept, retain_graph=True))))
+        states = nnsight.save([value.detach() for value in kept])
+        found = nnsight.save(found)
+    return states, found
 
 
 def completion_losses(

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from refusalkit import algebra
 from refusalkit.adapter import Adapter
-from refusalkit.engine import blocks, weights
+from refusalkit.engine import attribution, blocks, weights
 from refusalkit.engine.batch import Batch, Tokens, batch, chunks, shared_prefix
 from refusalkit.engine.layout import layout_of
 from refusalkit.engine.lower import Pack, lower, packs
 from refusalkit.engine.memory import out_of_memory
 from refusalkit.errors import RunError
 from refusalkit.intervention import NOTHING, Intervention, Site
-from refusalkit.selector import Advance, Measure
+from refusalkit.selector import Advance, Attribution, Measure
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -178,6 +178,39 @@ class Engine:
         size = self.batch_size if measure.stop_above is None else max(1, -(-len(prompts) // 4))
         self._over(prompts, run, prefix=prefix, shared_cache=False, size=size)
         return values
+
+    def attribute(
+        self, prompts: Sequence[Tokens], bases: Tensor, site: Site, measures: Sequence[Measure]
+    ) -> list[Attribution]:
+        """Estimate what candidates do to each measure from one forward pass and one backward pass a measure.
+
+        bases [candidate, rank, d_model], rows orthonormal or zero.
+        """
+        places = attribution.sites(site, self.n_layers)
+        at = [index for index, (place, _) in enumerate(places) if place == site]
+        directions = bases.float().to(self.device)
+        values = torch.zeros(len(measures), len(prompts), dtype=torch.float64)
+        gradient = torch.zeros(len(measures), self.n_layers, self.d_model, dtype=torch.float64)
+        removal = torch.zeros(len(measures), len(bases), len(prompts), dtype=torch.float64)
+
+        def run(group: Batch, _: dict[str, Any]) -> None:
+            rows = list(group.indices)
+            states, found = attribution.attribute_batch(self.model, self.adapter, group, places, measures)
+            for index, (value, grads) in enumerate(found):
+                values[index, rows] = value.cpu()
+                gradient[index] += torch.stack([grads[place].double().sum((0, 1)).cpu() for place in at])
+                removal[index][:, rows] = attribution.removed(places, states, grads, directions).cpu()
+            # A backward pass costs about two forward passes.
+            self.prompt_passes += len(rows) * (1 + 2 * len(measures))
+
+        self._over(prompts, run, share=False)
+        gradient /= len(prompts)
+        return [
+            Attribution(values[index], gradient[index], values[index] + removal[index])
+            if measure.kind == "refusal_score"
+            else Attribution(torch.zeros_like(values[index]), gradient[index], removal[index].square() / 2)
+            for index, measure in enumerate(measures)
+        ]
 
     def _packed_logits(self, group: Batch, pack: Pack, prefix: Tokens, clean: Clean | None) -> Tensor:
         """Return logits [intervention * prompt, d_vocab] of a pack on one batch, skipping layers it leaves alone."""

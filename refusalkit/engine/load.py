@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ def load(checkpoint: Checkpoint) -> Engine:
     Raises `InputError` when they cannot be read or the device is not there.
     """
     section = checkpoint.section
-    module = load_module(checkpoint)
-    device = pick_device(section.device)
+    placed = section.device == "balanced" or section.quantize != "none"
+    module = load_module(checkpoint, **(_placement(checkpoint) if placed else {}))
     try:
-        module = module.to(device)
+        module = module if placed else module.to(pick_device(section.device))
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"the model cannot be put on {section.device!r}: {str(error).splitlines()[0]}",
@@ -40,8 +41,27 @@ def engine_of(module: Any, tokenizer: Any, adapter: Adapter, batch_size: int | N
     return Engine(TransformersModel(module, tokenizer=tokenizer, task="text-generation"), adapter, batch_size)
 
 
-def load_module(checkpoint: Checkpoint) -> Any:
-    """Load the plain transformers model on the CPU, in evaluation mode."""
+def _placement(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what `from_pretrained` is told about packing the weights and where each goes."""
+    from transformers import BitsAndBytesConfig
+
+    section = checkpoint.section
+    # It says at every multiplication that it casts.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    options: dict[str, Any] = {
+        "device_map": "balanced" if section.device == "balanced" else {"": str(pick_device(section.device))}
+    }
+    if section.quantize == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif section.quantize == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, checkpoint.dtype)
+        )
+    return options
+
+
+def load_module(checkpoint: Checkpoint, **options: Any) -> Any:
+    """Load the plain transformers model in evaluation mode, on the CPU unless `options` place it."""
     from transformers import AutoModelForCausalLM
 
     section = checkpoint.section
@@ -52,6 +72,7 @@ def load_module(checkpoint: Checkpoint) -> Any:
             dtype=checkpoint.dtype,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
@@ -77,5 +98,5 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise InputError(
-            f"no device is called {name!r}", where="model.device", hint="auto, cpu, cuda, cuda:0, mps"
+            f"no device is called {name!r}", where="model.device", hint="auto, cpu, cuda, cuda:0, mps, balanced"
         ) from None

@@ -11,7 +11,7 @@ from typing import Any
 import altair as alt
 
 from refusalkit.artifacts import Evaluation
-from refusalkit.report import heat_map, intervals
+from refusalkit.report import estimates, heat_map, intervals
 from refusalkit.report.measured import costs_first, metrics
 from refusalkit.report.theme import Mode, config
 from refusalkit.report.wording import position
@@ -47,7 +47,7 @@ class Figure:
 
 def figures(run: Run) -> tuple[Figure, ...]:
     """Draw every figure of a run, in the order of the page."""
-    drawn = (*rate_figures(run), *heat_maps(run), *separation_figures(run), *mean_figures(run))
+    drawn = (*rate_figures(run), *heat_maps(run), *estimate_figures(run), *separation_figures(run), *mean_figures(run))
     seen: dict[str, int] = {}
     unique = []
     for figure in drawn:
@@ -130,6 +130,22 @@ def heat_maps(run: Run) -> list[Figure]:
             saved_width=max(180, min(24 * n_layers, 960)),
         )
         for score in heat_map.scores(run.choice)
+    ]
+
+
+def estimate_figures(run: Run) -> list[Figure]:
+    """Draw the screen's estimates against the exact scores; nothing where there was no screen."""
+    return [
+        Figure(
+            name=f"estimate-{score.name}",
+            title=score.title,
+            description=f"{score.title}: the gradient estimate against the exact score, candidate by candidate.",
+            note=estimates.agreement(rows),
+            chart=estimates.chart(rows, "nats"),
+            saved_width=320,
+        )
+        for score in estimates.estimated_scores(run.choice)
+        for rows in [estimates.points(run.choice, score)]
     ]
 
 

@@ -89,6 +89,7 @@ def _figures(run: Run) -> dict[str, Any]:
         "rate_figures": [_placed(figure) for figure in drawn if figure.name.startswith("rate-")],
         "heat_maps": [_placed(figure) for figure in maps],
         "heat_maps_side_by_side": all(figure.min_width <= 340 for figure in maps),
+        "estimate_figures": [_placed(figure) for figure in drawn if figure.name.startswith("estimate-")],
         "separation_figures": [_placed(figure) for figure in drawn if figure.name == "separation"],
         "mean_figures": [_placed(figure) for figure in drawn if figure.name.startswith("mean-")],
     }

@@ -1,0 +1,77 @@
+"""Do one recipe's work in our way and in the plain way, on the same model and prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refusalkit import algebra
+from refusalkit.artifacts import Candidates, Choice, PromptSplits
+from refusalkit.builtin.interventions import ablate_everywhere
+from refusalkit.builtin.selectors import Causal
+from refusalkit.engine.load import load
+from refusalkit.intervention import Direction, Intervention
+from refusalkit.metric import Side
+from refusalkit.plan import Plan, make_plan
+from refusalkit.progress import Silent
+from refusalkit.recipe_file import load_recipe
+from refusalkit.registry import load_registry
+from refusalkit.stages import capture, find, prompts, select
+from refusalkit.stages.bench import Bench
+from refusalkit.tiny.grammar import Split
+
+from .plain import Plain, Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Hold a loaded model, its prompts, and plain hooks on the same model."""
+
+    plan: Plan
+    bench: Bench
+    splits: PromptSplits
+    plain: Plain
+
+    def tokens(self, side: Side, split: Split) -> tuple[Tokens, ...]:
+        """Return one split of one side as token ids."""
+        return self.bench.tokens(self.splits.of(side, split))
+
+    def candidates(self) -> Candidates:
+        """Capture and find, as a run does."""
+        recipe = self.plan.recipe
+        activations = capture.capture(recipe.capture, self.splits, recipe.find.needs, self.bench)
+        return find.find(recipe.find, activations)
+
+    def choice(self, candidates: Candidates, **changes: Any) -> Choice:
+        """Select, with some of the recipe's selector changed."""
+        selector = Causal.model_validate({**self.plan.recipe.select.model_dump(), **changes})
+        return select.select(selector, candidates, self.splits, self.bench)
+
+    def sweep(self, candidates: Candidates, place: tuple[int, int]) -> tuple[float, float, float]:
+        """Score one candidate with plain hooks: refusal score ablated, induced score, KL on harmless prompts."""
+        direction, openers = candidates.directions[place], torch.tensor(self.splits.openers.token_ids)
+        harmful, harmless = self.tokens("harmful", "validation"), self.tokens("harmless", "validation")
+        ablated, added = self.plain.ablation(direction), self.plain.addition(direction, place[1])
+        bypass = algebra.refusal_score(self.plain.logits(harmful, ablated), openers)
+        induced = algebra.refusal_score(self.plain.logits(harmless, added), openers)
+        kl = algebra.kl_nats(self.plain.logits(harmless), self.plain.logits(harmless, ablated))
+        return bypass.mean().item(), induced.mean().item(), kl.mean().item()
+
+    def ablation(self, choice: Choice) -> Intervention:
+        """Return the ablation of a chosen direction, for our engine."""
+        layers = self.bench.engine.n_layers
+        return ablate_everywhere(Direction(choice.direction, choice.position, choice.layer, layers))
+
+
+def prepare(path: Path) -> Case:
+    """Load a recipe's model and settle its prompts."""
+    registry = load_registry()
+    plan = make_plan(load_recipe(path, registry), path.parent, registry)
+    bench = Bench(load(plan.checkpoint), plan.template, Silent())
+    splits = prompts.settle(plan.prompts, bench)
+    tokenizer = bench.engine.model.tokenizer
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Case(plan, bench, splits, Plain(bench.engine.module, bench.engine.adapter, pad_id))
