@@ -100,11 +100,14 @@ def gradients(
     That is its value [row] and its gradient at each of the hidden states. The first place kept has to be the input of
     the first block: everything later is differentiable because it is.
     """
+    prompts = len(inputs["input_ids"])
     with torch.enable_grad(), model.trace(inputs, **options):
         kept: list[Tensor] = []
         for path, at_input, _, _, _ in program:
             module = model.get(path)
-            value = algebra.hidden(module.input if at_input else module.output)
+            value = module.input if at_input else module.output
+            # Gradients are those of the tensor that goes on, so it takes its shape afterwards.
+            value = value[0] if isinstance(value, tuple) else value
             if not kept:
                 value.requires_grad_(True)
             kept.append(value)
@@ -113,8 +116,9 @@ def gradients(
         for draws, numbers in objectives:
             score = algebra.drawn_log_probability if draws else algebra.refusal_score
             values = score(logits, numbers)
-            found.append((values.detach(), list(torch.autograd.grad(values.sum(), kept, retain_graph=True))))
-        states = nnsight.save([value.detach() for value in kept])
+            grads = torch.autograd.grad(values.sum(), kept, retain_graph=True)
+            found.append((values.detach(), [algebra.hidden(grad, prompts) for grad in grads]))
+        states = nnsight.save([algebra.hidden(value.detach(), prompts) for value in kept])
         found = nnsight.save(found)
     return states, found
 

@@ -195,7 +195,7 @@ class Engine:
 
         def run(group: Batch, _: dict[str, Any]) -> None:
             rows = list(group.indices)
-            states, found = attribution.attribute_batch(self.model, self.adapter, group, places, measures)
+            states, found = attribution.attribute_batch(self.model, self.layout, group, places, measures)
             for index, (value, grads) in enumerate(found):
                 values[index, rows] = value.cpu()
                 gradient[index] += torch.stack([grads[place].double().sum((0, 1)).cpu() for place in at])

@@ -117,3 +117,7 @@ def test_outputs_in_tuples_and_flat_outputs_can_be_packed(architecture: str) -> 
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], atol=2e-4, rtol=1e-4)
     assert engine.generate(prompts, interventions[1], max_new_tokens=3)
+    (estimated,) = engine.attribute(
+        prompts, torch.randn(3, 1, 32), "resid_pre", [Measure("refusal_score", token_ids=(5,))]
+    )
+    assert estimated.removal.isfinite().all()
