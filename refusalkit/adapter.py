@@ -61,6 +61,10 @@ class Refusal:
     setting: str | None = None
     """The setting of the text configuration that brings this about where it is not zero; None: every checkpoint."""
 
+    def __str__(self) -> str:
+        where = "every checkpoint" if self.setting is None else f"those whose {self.setting} is not zero"
+        return f"refuses {where}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class Family:
@@ -111,11 +115,10 @@ class Adapter:
 
     @property
     def exactness(self) -> str:
-        """Say in a phrase whether the weight edit equals ablation, and what is refused."""
+        """Say in a phrase whether the weight edit equals ablation, or that there is none."""
         if self.refuses is not None and self.refuses.setting is None:
             return "refused"
-        claim = "equal to ablation" if self.inexact is None else "not equal to ablation"
-        return claim if self.refuses is None else f"{claim}; refused where {self.refuses.setting} is not zero"
+        return "equal to ablation" if self.inexact is None else "not equal to ablation"
 
     @property
     def writes(self) -> tuple[tuple[Write, ...], tuple[Write, ...]]:

@@ -270,9 +270,10 @@ def _members(base: type) -> list[str]:
 def _about(value: Any) -> str:
     if isinstance(value, Adapter):
         patterns = f", model ids {', '.join(f'`{pattern}`' for pattern in value.model_ids)}" if value.model_ids else ""
-        refused = f": {value.refuses.reason}" if value.refuses else ""
-        edit = value.exactness if value.exactness == "refused" else f"the weight edit is {value.exactness}"
-        return f"{', '.join(f'`{name}`' for name in value.architectures)}{patterns}; {edit}{refused}."
+        edit = [] if value.exactness == "refused" else [f"the weight edit is {value.exactness}"]
+        refusal = [str(value.refuses)] if value.refuses else []
+        names = ", ".join(f"`{name}`" for name in value.architectures)
+        return "; ".join([f"{names}{patterns}", *edit, *refusal]) + "."
     if isinstance(value, PromptSource):
         return value.help
     return re.split(r"(?<!et al)\. ", _doc(value))[0].rstrip(".") + "."
