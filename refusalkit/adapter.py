@@ -74,6 +74,8 @@ class Family:
     """The texts that open this family's refusals; turned into token ids with the tokenizer at hand."""
     thinking: str | None = None
     """The chat-template variable that switches a thinking mode, where the family has one."""
+    answer_header: str = ""
+    """What a family that marks answers, and not thoughts, puts before an answer (GPT-OSS's final channel)."""
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,8 @@ class PromptsSection(Section):
     system: str | None = None
     """A system prompt; null leaves it to the chat template."""
     thinking: bool | None = None
-    """Switch the thinking mode of a model that has one; null leaves it to the chat template."""
+    """Let a model that can think before it answers; off unless true. Directions and refusal scores are read where the
+    answer starts, behind an empty thought; with true, completions think, and only the answer is judged."""
     template_options: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     """Further variables for the chat template."""
 

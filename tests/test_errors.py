@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,10 +18,9 @@ from refusalkit import tiny
 from refusalkit.errors import InputError, RefusalkitError, RunError
 from refusalkit.pipeline import execute
 from refusalkit.plan import Plan
-from tests.conftest import one_hint
+from tests.conftest import Copy, one_hint
 
 PlanOf = Callable[..., Plan]
-Copy = Callable[..., Path]
 
 
 def refused(kind: type[RefusalkitError], act: Callable[[], object]) -> RefusalkitError:
@@ -35,23 +33,6 @@ def refused(kind: type[RefusalkitError], act: Callable[[], object]) -> Refusalki
     assert error.where
     assert one_hint(str(error).splitlines()), str(error)
     return error
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Copy:
-    """Give a function that copies the embedded model and returns the folder, files replaced or (None) removed."""
-
-    def copy(**files: str | bytes | None) -> Path:
-        folder = Path(shutil.copytree(tiny.checkpoint("llama"), tmp_path / "checkpoint"))
-        for key, content in files.items():
-            (path,) = [path for path in folder.iterdir() if path.name.partition(".")[0] == key]
-            if content is None:
-                path.unlink()
-            else:
-                path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return folder
-
-    return copy
 
 
 def config(**changed: object) -> str:

@@ -44,6 +44,7 @@ DEEPSEEK = Adapter(
     ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
     _ATTENTION,
     (Write("mlp", (_EXPERTS, Matrix("mlp.shared_experts.down_proj.weight"))), _DENSE),
+    family=Family(thinking="thinking"),
 )
 GPT_OSS = Adapter(
     "gpt_oss",
@@ -51,6 +52,7 @@ GPT_OSS = Adapter(
     _ATTENTION,
     # [expert, d_mlp, d_model] with d_mlp == d_model, and biases [expert, d_model].
     Write("mlp", (Matrix("mlp.experts.down_proj", -1), Matrix("mlp.experts.down_proj_bias", -1))),
+    family=Family(answer_header="<|channel|>final<|message|>"),
 )
 LLAMA4 = Adapter(
     "llama4",

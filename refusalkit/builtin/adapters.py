@@ -71,6 +71,7 @@ GEMMA4 = Adapter(
         ),
         _OLMO_MLP,
     ),
+    family=Family(thinking="enable_thinking"),
     block_multiplier="layer_scalar",
     inexact=_POST_NORM,
     refuses=Refusal(
