@@ -90,6 +90,18 @@ def open_checkpoint(section: ModelSection, registry: Registry) -> Checkpoint:
     return Checkpoint(section, source, _revision(source, config), config, tokenizer, adapter)
 
 
+def cached_commit(hub: str) -> str | None:
+    """Return the commit of a hub model whose weights are in this machine's cache; never reaches for the network."""
+    from transformers.utils import cached_file
+
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        try:
+            return Path(cached_file(hub, name, local_files_only=True)).parent.name
+        except OSError:
+            continue
+    return None
+
+
 def _read(kind: Any, what: str, source: str, section: ModelSection, **options: Any) -> Any:
     """Let transformers read a part of the checkpoint; whatever it makes of a broken file is the user's to know."""
     try:

@@ -230,6 +230,57 @@ def report(
 
 
 @app.command()
+def reproduce(
+    model: Annotated[str, typer.Argument(help="gemma-2b-it, llama-2-7b-chat, llama-3-8b-instruct or yi-6b-chat.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="The checkpoint; by default the hub's, where it is cached.")
+    ] = None,
+    prompts: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="The folder `dataset` of the authors' repository.")
+    ] = Path("refusal_direction/dataset"),
+    out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/arditi-MODEL.")] = None,
+    finished: Annotated[
+        Path | None, typer.Option("--run", metavar="RUN", help="Compare this finished run and run nothing.")
+    ] = None,
+) -> None:
+    """Repeat a published run of Arditi et al. (2024) and compare: ours, the authors' artefact, the paper.
+
+    Where the weights are not on this machine it prints what it would compare and the recipe, with exit status 1.
+    """
+    from refusalkit.checkpoint import quiet
+    from refusalkit.registry import load_registry
+    from refusalkit.reproduction.published import published
+    from refusalkit.reproduction.repeat import compared, plan_repetition
+
+    quiet()
+    record, registry = published(model), load_registry()
+    if finished is not None and (weights is not None or out is not None):
+        raise InputError("a finished run needs no weights and no --out", where="--run", hint="leave them out")
+    if finished is None:
+        plan = plan_repetition(record, weights, prompts, registry)
+        if plan is None:
+            print(compared(record, None, registry))
+            print(f"\nThe recipe:\n\n```yaml\n{record.recipe.read_text(encoding='utf-8')}```")
+            _say_what_is_missing(record.hub, model)
+            raise typer.Exit(1)
+        finished = _out(plan, out)
+        _execute(plan, finished)
+    print(compared(record, finished, registry))
+
+
+def _say_what_is_missing(hub: str, model: str) -> None:
+    from refusalkit.builtin.arditi import COMMIT, REPOSITORY
+
+    print(
+        f"nothing was compared: the weights of {hub} are not on this machine. Where they are:\n"
+        f"  hf download {hub}\n"
+        f"  git clone {REPOSITORY} && git -C refusal_direction checkout {COMMIT}\n"
+        f"  refusalkit reproduce {model}",
+        file=sys.stderr,
+    )
+
+
+@app.command()
 def bake(
     source: Annotated[Path, typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe, or a finished run's folder.")],
     out: Annotated[Path, typer.Option(help="Where the checkpoint goes; a new folder.")],

@@ -10,7 +10,7 @@ import difflib
 import importlib.util
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,21 +88,21 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
 
 def _template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
     """Resolve how prompts are rendered, with the thinking mode off unless the recipe switches it on."""
+    template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, instead=recipe.prompts.chat_template)
     options: dict[str, Any] = dict(recipe.prompts.template_options)
     for name in options:
-        _check_variable(name, checkpoint, f"prompts.template_options.{name}")
+        _check_variable(name, template, f"prompts.template_options.{name}")
     asked, family = recipe.prompts.thinking, checkpoint.adapter.family
     variable = family.thinking
     if variable is not None:
         if asked is not None:
-            _check_variable(variable, checkpoint, "prompts.thinking")
-        if variable in _words(checkpoint):
+            _check_variable(variable, template, "prompts.thinking")
+        if variable in _words(template):
             options = {variable: bool(asked), **options}
         else:
             variable = None
     on = bool(options[variable]) if variable is not None else bool(asked)
-    thinking = Thinking(on, variable, family.answer_header)
-    template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, options, thinking)
+    template = replace(template, options=options, thinking=Thinking(on, variable, family.answer_header))
     if asked is not None and not template.thinks:
         raise InputError(
             f"the family {checkpoint.adapter.name!r} has no thinking mode to switch",
@@ -112,8 +112,8 @@ def _template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
     return template
 
 
-def _words(checkpoint: Checkpoint) -> set[str]:
-    return set(re.findall(r"\b[A-Za-z_]\w*\b", str(checkpoint.tokenizer.chat_template)))
+def _words(template: ChatTemplate) -> set[str]:
+    return set(re.findall(r"\b[A-Za-z_]\w*\b", str(template.source)))
 
 
 def _check_quantized(recipe: Recipe) -> None:
@@ -133,25 +133,25 @@ def _check_quantized(recipe: Recipe) -> None:
         )
 
 
-def _check_openers(openers: tuple[str, ...], template: ChatTemplate) -> None:
+def _check_openers(openers: tuple[str | int, ...], template: ChatTemplate) -> None:
     """Find out before any weight is loaded whether the openers can be turned into tokens."""
     if not openers:
         raise InputError("lists no opener", where="select.openers", hint="name some, or write `auto`")
     template.opener_ids(openers)
 
 
-def _check_variable(name: str, checkpoint: Checkpoint, where: str) -> None:
+def _check_variable(name: str, template: ChatTemplate, where: str) -> None:
     """Refuse a variable that the chat template never reads: switching it would change nothing and raise nothing."""
     import inspect
 
-    reserved = {"messages", *inspect.signature(checkpoint.tokenizer.apply_chat_template).parameters}
-    words = _words(checkpoint)
+    reserved = {"messages", *inspect.signature(template.tokenizer.apply_chat_template).parameters}
+    words = _words(template)
     if name in reserved or name not in words:
         close = difflib.get_close_matches(name, words - reserved, n=1, cutoff=0.7)
         raise InputError(
             f"the chat template has no variable {name!r} to set",
             where=where,
-            hint=f"did you mean {close[0]!r}?" if close else "leave it out, or read the checkpoint's chat template",
+            hint=f"did you mean {close[0]!r}?" if close else "leave it out, or read the chat template",
         )
 
 

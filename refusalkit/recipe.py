@@ -96,6 +96,8 @@ class PromptsSection(Section):
     validation, as the paper's code does."""
     system: str | None = None
     """A system prompt; null leaves it to the chat template."""
+    chat_template: str | None = None
+    """A chat template in Jinja that takes the place of the checkpoint's."""
     thinking: bool | None = None
     """Let a model that can think before it answers; off unless true. Directions and refusal scores are read where the
     answer starts, behind an empty thought; with true, completions think, and only the answer is judged."""

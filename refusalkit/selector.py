@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from refusalkit.intervention import Intervention, Site
 
 Tokens = tuple[int, ...]
+TokenId = Annotated[int, Field(ge=0, strict=True)]
 #: Told how far a long computation is: (done, total).
 Advance = Callable[[int, int], None]
 
@@ -134,9 +135,9 @@ class Selector(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     selector: str
-    openers: Literal["auto"] | tuple[str, ...] = "auto"
-    """The texts that open a refusal, turned into token ids in context; `auto` takes the family's where this model
-    says them and otherwise finds them on the training prompts."""
+    openers: Literal["auto"] | tuple[str | TokenId, ...] = "auto"
+    """The texts that open a refusal, turned into token ids in context, or token ids; `auto` takes the family's where
+    this model says them and otherwise finds them on the training prompts."""
 
     @property
     def needs_gradients(self) -> bool:

@@ -44,12 +44,19 @@ class Thinking:
 
 @dataclass(frozen=True, eq=False)
 class ChatTemplate:
-    """Render instructions with a tokenizer's chat template."""
+    """Render instructions with a tokenizer's chat template, or with another in its place."""
 
     tokenizer: Any
     system: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     thinking: Thinking = Thinking()
+    instead: str | None = None
+    """A template in Jinja that takes the place of the tokenizer's."""
+
+    @property
+    def source(self) -> str | None:
+        """The template in Jinja, where there is one."""
+        return self.instead if self.instead is not None else getattr(self.tokenizer, "chat_template", None)
 
     def text(self, instruction: str) -> str:
         """Return the prompt as text, up to where the answer starts: a thought before it is closed and empty."""
@@ -102,31 +109,36 @@ class ChatTemplate:
     @property
     def is_dated(self) -> bool:
         """Whether the template asks what day it is."""
-        return "strftime_now" in str(self.tokenizer.chat_template)
+        return "strftime_now" in str(self.source)
 
     def _rendered(self, instruction: str, options: Mapping[str, Any]) -> str:
         messages = [{"role": "user", "content": instruction}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not self.source:
             raise InputError(
-                "the tokenizer has no chat template",
-                where=f"model.id {self.tokenizer.name_or_path!r}",
-                hint="take the chat (instruct) checkpoint of the model",
+                "the tokenizer has no chat template" if self.instead is None else "is empty",
+                where=f"model.id {self.tokenizer.name_or_path!r}" if self.instead is None else "prompts.chat_template",
+                hint="take the chat (instruct) checkpoint of the model, or write one in `prompts.chat_template`",
             )
         import jinja2
 
         try:
+            source = self.instead
             if self.is_dated:
-                options = {"chat_template": _PINNING + self.tokenizer.get_chat_template(), **options}
+                source = _PINNING + self.tokenizer.get_chat_template(self.instead)
             text = str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+                self.tokenizer.apply_chat_template(
+                    messages, chat_template=source, tokenize=False, add_generation_prompt=True, **options
+                )
             )
         except jinja2.TemplateSyntaxError as error:
             raise InputError(
                 f"line {error.lineno} of the chat template is not Jinja: {error}",
-                where=f"model.id {self.tokenizer.name_or_path!r}",
-                hint="repair the checkpoint's chat_template.jinja, or download it again",
+                where="prompts.chat_template" if self.instead else f"model.id {self.tokenizer.name_or_path!r}",
+                hint="correct it"
+                if self.instead
+                else "repair the checkpoint's chat_template.jinja, or download it again",
             ) from None
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InputError(
@@ -194,26 +206,38 @@ class ChatTemplate:
             self.tokenizer.decode([suffix[position]]) if -position <= len(suffix) else "…" for position in positions
         )
 
-    def opener_ids(self, openers: Sequence[str]) -> tuple[int, ...]:
-        """Return the first token id of each opener as it is written at the start of an answer, without repeats."""
+    def opener_ids(self, openers: Sequence[str | int]) -> tuple[int, ...]:
+        """Return the first token id of each opener as it is written at the start of an answer, without repeats.
+
+        A number is a token id already. Raises `InputError` for one the tokenizer does not have.
+        """
         text = self.text(_PROBES[0])
         prompt = self.encode(text)
         ids: list[int] = []
         for opener in openers:
+            if isinstance(opener, int):
+                self._check_known(opener)
+                ids.append(opener)
+                continue
             full = self.encode(text + opener)
             if full[: len(prompt)] != prompt or len(full) == len(prompt):
                 raise InputError(
                     f"the opener {opener!r} merges with the end of the prompt in this tokenizer",
                     where="select.openers",
-                    hint="write the opener without leading white space",
+                    hint="write the opener without leading white space, or give the token's id",
                 )
-            if full[len(prompt)] not in ids:
-                ids.append(full[len(prompt)])
-        return tuple(ids)
+            ids.append(full[len(prompt)])
+        return tuple(dict.fromkeys(ids))
+
+    def _check_known(self, token: int) -> None:
+        if token >= len(self.tokenizer):
+            raise InputError(
+                f"there is no token {token}", where="select.openers", hint=f"ids are below {len(self.tokenizer)}"
+            )
 
     def digest(self) -> str:
         """Return a hash of everything that decides how an instruction is rendered."""
-        parts = [self.tokenizer.chat_template, self.system, dict(self.options), dataclasses.astuple(self.thinking)]
+        parts: list[Any] = [self.source, self.system, dict(self.options), dataclasses.astuple(self.thinking)]
         if self.is_dated:
             parts.append(PINNED)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -13,6 +13,8 @@ from typing import Any
 
 # Before transformers is imported anywhere: it reads this once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor are checkpoints that a developer has downloaded.
+os.environ["HF_HUB_CACHE"] = os.path.join(os.devnull, "no-cache")
 # What else is installed on a developer's machine is not under test.
 os.environ["REFUSALKIT_PLUGINS"] = ""
 # In processes that tests start, too. Sums over another number of threads also round differently, in the last digit.

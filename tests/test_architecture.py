@@ -31,7 +31,7 @@ LAYERS = (
     ("plan",),
     ("run_directory", "report"),
     ("plan_text", "adapter_check", "bake", "pipeline"),
-    ("python",),
+    ("python", "reproduction"),
     ("cli",),
     ("__main__", "reference"),
 )
@@ -227,6 +227,8 @@ def test_everything_public_says_what_it_is_for() -> None:
         "report/style.css",
         "report/page.js",
         "report/template.html.j2",
+        "reproduction/published.json",
+        "reproduction/gemma-2b-it.yaml",
         *[f"builtin/prompts/{name}.jsonl" for name in ("harmful", "harmless", "over_refusal")],
         *[f"tiny/checkpoints/llama/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")],
     ],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from refusalkit.builtin.adapters import ADAPTERS
+from refusalkit.builtin.arditi import ARDITI
 from refusalkit.builtin.interventions import INTERVENTIONS
 from refusalkit.builtin.metrics import METRICS
 from refusalkit.builtin.selectors import SELECTORS
@@ -49,4 +50,4 @@ def refusalkit_metrics() -> Sequence[type[Metric]]:
 
 @hookimpl
 def refusalkit_prompt_sources() -> Sequence[PromptSource]:
-    return SOURCES
+    return (*SOURCES, ARDITI)

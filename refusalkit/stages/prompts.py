@@ -31,7 +31,7 @@ class Request:
     harmless: Mapping[Split, tuple[str, ...]]
     positions: tuple[int, ...]
     filter: bool
-    openers: Literal["auto"] | tuple[str, ...]
+    openers: Literal["auto"] | tuple[str | int, ...]
     family_openers: tuple[str, ...]
     duplicates_dropped: int = 0
 
@@ -93,7 +93,8 @@ def _openers(request: Request, harmful: torch.Tensor, harmless: torch.Tensor, be
     """Decide which tokens open a refusal."""
     if request.openers != "auto":
         ids = bench.template.opener_ids(request.openers)
-        return Openers(texts=request.openers, token_ids=ids, source="recipe", reason="the recipe names them")
+        texts = tuple(o if isinstance(o, str) else bench.template.tokenizer.decode([o]) for o in request.openers)
+        return Openers(texts=texts, token_ids=ids, source="recipe", reason="the recipe names them")
     gap = harmful.double().softmax(-1).mean(0) - harmless.double().softmax(-1).mean(0)
     ranked = gap.argsort(descending=True)[:MOST_OPENERS]
     found = [int(token) for token in ranked if gap[token] >= SMALLEST_GAP]

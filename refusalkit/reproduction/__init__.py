@@ -1,0 +1,1 @@
+"""Repeat the authors' published runs and compare with them."""
