@@ -45,21 +45,28 @@ def widen(x: Tensor) -> Tensor:
 def edit(x: Tensor, remove: Tensor | None, add: Tensor | None) -> Tensor:
     """Remove the subspace `remove` from `x` and then add `add`; the result has the dtype of `x`.
 
-    x [prompt, position, d_model]; remove [rank, d_model] or [prompt, rank, d_model], rows orthonormal;
-    add [d_model] or [prompt, 1, d_model].
+    x [prompt, position, d_model], or [prompt * position, d_model] as experts return it; remove [rank, d_model] or
+    [prompt, rank, d_model], rows orthonormal; add [d_model] or [prompt, 1, d_model].
     """
     wide = widen(x)
+    if x.ndim == 2:
+        prompts = [tensor.shape[0] for tensor in (remove, add) if tensor is not None and tensor.ndim == 3]
+        wide = wide.reshape(*prompts[:1], -1, x.shape[-1])
     if remove is not None:
         basis = remove.to(device=wide.device, dtype=wide.dtype)
         wide = wide - (wide @ basis.transpose(-1, -2)) @ basis
     if add is not None:
         wide = wide + add.to(device=wide.device, dtype=wide.dtype)
-    return wide.to(x.dtype)
+    return wide.to(x.dtype).reshape(x.shape)
 
 
-def hidden(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Return the hidden state of a module's output, which some modules wrap in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+def hidden(output: Tensor | tuple[Tensor, ...], prompts: int) -> Tensor:
+    """Return the hidden state [prompt, position, d_model] of a module's output.
+
+    Some modules wrap it in a tuple, and some with experts return it flat, as [prompt * position, d_model].
+    """
+    state = output[0] if isinstance(output, tuple) else output
+    return state if state.ndim == 3 else state.reshape(prompts, -1, state.shape[-1])
 
 
 def edit_output(

@@ -81,6 +81,7 @@ def open_checkpoint(section: ModelSection, registry: Registry) -> Checkpoint:
     source = _source(section)
     config = _read(AutoConfig, "configuration", source, section)
     adapter = _resolve(section, config, registry)
+    _check_not_refused(section, config, adapter)
     if section.adapter is not None:
         _check_fits(section, config, adapter)
     tokenizer = _read(AutoTokenizer, "tokenizer", source, section, padding_side="left")
@@ -149,6 +150,18 @@ _HOW_TO_NAME = (
 )
 
 
+def _check_not_refused(section: ModelSection, config: Any, adapter: Adapter) -> None:
+    """Turn away a checkpoint of an architecture whose residual stream adapters cannot express."""
+    refusal = adapter.refuses
+    if refusal is None or (refusal.setting and not getattr(config.get_text_config(), refusal.setting, None)):
+        return
+    raise InputError(
+        f"{_architecture(config)} cannot be studied: {refusal.reason}",
+        where=f"model.id {section.id!r}",
+        hint="`refusalkit adapters` lists the architectures that can",
+    )
+
+
 def _check_fits(section: ModelSection, config: Any, adapter: Adapter) -> None:
     """Refuse an adapter named in the recipe whose modules this architecture does not have."""
     import torch
@@ -157,9 +170,15 @@ def _check_fits(section: ModelSection, config: Any, adapter: Adapter) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
     known = {name for name, _ in model.named_modules()}
-    paths = [adapter.embedding, adapter.blocks, adapter.final_norm, adapter.unembedding]
-    paths += [f"{adapter.blocks}.0.{write.output}" for write in adapter.writes]
-    missing = [path for path in paths if path not in known]
+    missing = [
+        path
+        for path in (adapter.embedding, adapter.blocks, adapter.final_norm, adapter.unembedding)
+        if path not in known
+    ]
+    for kinds in adapter.writes:
+        outputs = [f"{adapter.blocks}.0.{write.output}" for write in kinds]
+        if not known.intersection(outputs):
+            missing.append(" or ".join(outputs))
     if missing:
         raise InputError(
             f"the adapter {adapter.name!r} does not fit {_architecture(config)}, which has no {', '.join(missing)}",

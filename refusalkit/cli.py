@@ -190,6 +190,33 @@ def plugins() -> None:
 
 
 @app.command()
+def adapters(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A hub name, a folder or tiny:FAMILY.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Check this adapter, not the one that fits.")] = None,
+) -> None:
+    """List the architectures that can be studied, or check the adapter of a model on its weights, in float32.
+
+    Exit status 1 says that a law of adapters does not hold there: results on this model would be wrong.
+    """
+    from refusalkit.adapter_check import adapter_table, check_checkpoint, check_text
+    from refusalkit.registry import load_registry
+
+    registry = load_registry()
+    if model is None:
+        print(adapter_table(registry))
+        return
+    from refusalkit.checkpoint import open_checkpoint, quiet
+    from refusalkit.recipe import ModelSection
+
+    quiet()
+    checkpoint = open_checkpoint(ModelSection(id=model, adapter=adapter, dtype="float32"), registry)
+    laws = check_checkpoint(checkpoint)
+    print(check_text(checkpoint, registry, laws))
+    if not all(law.holds for law in laws):
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
     show_completions: Annotated[

@@ -24,7 +24,7 @@ from refusalkit.recipe import PromptFiles, PromptsSection, Recipe
 from refusalkit.registry import Registry
 from refusalkit.stages.prompts import Request
 from refusalkit.store import STAGES, content_key
-from refusalkit.template import ChatTemplate
+from refusalkit.template import ChatTemplate, Thinking
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -70,8 +70,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
     pools, dropped = read_pools(recipe.prompts, folder, registry)
     checkpoint = open_checkpoint(recipe.model, registry)
     _check_quantized(recipe)
-    template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, instead=recipe.prompts.chat_template)
-    template = replace(template, options=_options(recipe, checkpoint, template))
+    template = _template(recipe, checkpoint)
     wanted = recipe.capture.positions
     if recipe.select.openers != "auto":
         _check_openers(recipe.select.openers, template)
@@ -87,21 +86,34 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
     return Plan(recipe, registry, checkpoint, template, request, _keys(recipe, registry, checkpoint, template, request))
 
 
-def _options(recipe: Recipe, checkpoint: Checkpoint, template: ChatTemplate) -> dict[str, Any]:
+def _template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
+    """Resolve how prompts are rendered, with the thinking mode off unless the recipe switches it on."""
+    template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, instead=recipe.prompts.chat_template)
     options: dict[str, Any] = dict(recipe.prompts.template_options)
     for name in options:
         _check_variable(name, template, f"prompts.template_options.{name}")
-    if recipe.prompts.thinking is not None:
-        variable = checkpoint.adapter.family.thinking
-        if variable is None:
-            raise InputError(
-                f"the family {checkpoint.adapter.name!r} has no thinking mode to switch",
-                where="prompts.thinking",
-                hint="leave it out, or set the template's own variable in `prompts.template_options`",
-            )
-        _check_variable(variable, template, "prompts.thinking")
-        options[variable] = recipe.prompts.thinking
-    return options
+    asked, family = recipe.prompts.thinking, checkpoint.adapter.family
+    variable = family.thinking
+    if variable is not None:
+        if asked is not None:
+            _check_variable(variable, template, "prompts.thinking")
+        if variable in _words(template):
+            options = {variable: bool(asked), **options}
+        else:
+            variable = None
+    on = bool(options[variable]) if variable is not None else bool(asked)
+    template = replace(template, options=options, thinking=Thinking(on, variable, family.answer_header))
+    if asked is not None and not template.thinks:
+        raise InputError(
+            f"the family {checkpoint.adapter.name!r} has no thinking mode to switch",
+            where="prompts.thinking",
+            hint="leave it out, or set the template's own variable in `prompts.template_options`",
+        )
+    return template
+
+
+def _words(template: ChatTemplate) -> set[str]:
+    return set(re.findall(r"\b[A-Za-z_]\w*\b", str(template.source)))
 
 
 def _check_quantized(recipe: Recipe) -> None:
@@ -133,7 +145,7 @@ def _check_variable(name: str, template: ChatTemplate, where: str) -> None:
     import inspect
 
     reserved = {"messages", *inspect.signature(template.tokenizer.apply_chat_template).parameters}
-    words = set(re.findall(r"\b[A-Za-z_]\w*\b", str(template.source)))
+    words = _words(template)
     if name in reserved or name not in words:
         close = difflib.get_close_matches(name, words - reserved, n=1, cutoff=0.7)
         raise InputError(

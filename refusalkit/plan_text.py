@@ -8,6 +8,7 @@ from typing import Any
 from refusalkit.checkpoint import Checkpoint
 from refusalkit.plan import SPLITS, Plan
 from refusalkit.store import STAGES, Store
+from refusalkit.template import PINNED, ChatTemplate
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -29,6 +30,7 @@ def describe(plan: Plan, out: Path) -> str:
         ("adapter", f"{checkpoint.adapter.name}, from {owner}"),
         ("weights", f"{parameters / 1e6:.1f} M parameters, about {_human(size)} of memory, {recipe.model.where}"),
         ("template", f"{before!r} … {after!r}"),
+        *_template(plan.template),
         *[(side, _counts(plan, side)) for side in ("harmful", "harmless")],
         ("capture", f"{recipe.capture.site} at {len(plan.prompts.positions)} positions: {positions}"),
         ("find", f"{recipe.find.strategy}: {plan.n_candidates} candidates"),
@@ -40,6 +42,20 @@ def describe(plan: Plan, out: Path) -> str:
         *_done(plan, out),
     ]
     return "\n".join(f"{name:<9} {text}" for name, text in rows)
+
+
+def _template(template: ChatTemplate) -> list[tuple[str, str]]:
+    """Say what the template adds by itself, where it does."""
+    rows = []
+    if template.thinks:
+        rows.append(("thinking", "on: completions think, everything else is read behind an empty thought"))
+        if not template.thinking.on:
+            rows = [("thinking", "off: the answer follows a thought that is closed and empty")]
+    if (system := template.default_system()) is not None:
+        rows.append(("system", f"{system!r}, the template's own"))
+    if template.is_dated:
+        rows.append(("date", f"{PINNED:%d %b %Y}, whenever it runs"))
+    return rows
 
 
 def _options(section: Any) -> str:

@@ -99,7 +99,8 @@ class PromptsSection(Section):
     chat_template: str | None = None
     """A chat template in Jinja that takes the place of the checkpoint's."""
     thinking: bool | None = None
-    """Switch the thinking mode of a model that has one; null leaves it to the chat template."""
+    """Let a model that can think before it answers; off unless true. Directions and refusal scores are read where the
+    answer starts, behind an empty thought; with true, completions think, and only the answer is judged."""
     template_options: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     """Further variables for the chat template."""
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from refusalkit import hookspecs
-from refusalkit.adapter import Adapter, Family, Gain, Matrix, Write
+from refusalkit.adapter import Adapter, Family, Gain, Matrix, Refusal, Write
 from refusalkit.cli import app
 from refusalkit.intervention import InterventionSpec
 from refusalkit.metric import Metric
@@ -221,7 +221,7 @@ def _parts(annotation: Any) -> list[type]:
 # -- the hooks --------------------------------------------------------------------------------------------------
 
 _BASES: dict[str, tuple[str, tuple[type, ...]]] = {
-    "adapters": ("refusalkit_adapters", (Adapter, Write, Matrix, Gain, Family)),
+    "adapters": ("refusalkit_adapters", (Adapter, Write, Matrix, Gain, Refusal, Family)),
     "strategies": ("refusalkit_strategies", (Strategy,)),
     "selectors": ("refusalkit_selectors", (Selector,)),
     "interventions": ("refusalkit_interventions", (InterventionSpec,)),
@@ -270,8 +270,10 @@ def _members(base: type) -> list[str]:
 def _about(value: Any) -> str:
     if isinstance(value, Adapter):
         patterns = f", model ids {', '.join(f'`{pattern}`' for pattern in value.model_ids)}" if value.model_ids else ""
-        exact = "equal to ablation" if value.inexact is None else "not equal to ablation"
-        return f"{', '.join(f'`{name}`' for name in value.architectures)}{patterns}; the weight edit is {exact}."
+        edit = [] if value.exactness == "refused" else [f"the weight edit is {value.exactness}"]
+        refusal = [str(value.refuses)] if value.refuses else []
+        names = ", ".join(f"`{name}`" for name in value.architectures)
+        return "; ".join([f"{names}{patterns}", *edit, *refusal]) + "."
     if isinstance(value, PromptSource):
         return value.help
     return re.split(r"(?<!et al)\. ", _doc(value))[0].rstrip(".") + "."

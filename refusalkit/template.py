@@ -3,10 +3,15 @@
 Positions are never hard-coded: two instructions are rendered and tokenised, and what their token ids have in common at
 the end is the template after the instruction. Positions are negative, counted from the end of the prompt, so that
 prompts of different lengths agree on them.
+
+A prompt ends where the answer starts. Where a model thinks first, that is behind a thought which is closed and empty:
+what a thinking model writes next says nothing of whether it will refuse.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -17,6 +22,24 @@ from refusalkit.errors import InputError
 
 #: Instructions that share no first or last token, so that what they have in common is the template alone.
 _PROBES = ("Name a colour", "what is 17 plus 25?", "Sing (loudly)")
+#: Templates that ask for today get this day (which Llama's own falls back to), so that a run can be repeated.
+PINNED = datetime.date(2024, 7, 26)
+#: transformers hands templates a clock; a macro of its name goes before it.
+_PINNING = "{{% macro strftime_now(format) %}}{{{{ format{} }}}}{{% endmacro %}}".format(
+    "".join(f" | replace('%{code}', '{PINNED.strftime('%' + code)}')" for code in "aAbBdHjmMSyY")
+)
+_THOUGHT, _THOUGHT_END = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """Say how a model thinks before it answers, and whether it is let."""
+
+    on: bool = False
+    variable: str | None = None
+    """The chat-template variable that switches it."""
+    header: str = ""
+    """What stands between a thought and the answer in families that mark the answer, not the thought (GPT-OSS)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +49,7 @@ class ChatTemplate:
     tokenizer: Any
     system: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    thinking: Thinking = Thinking()
     instead: str | None = None
     """A template in Jinja that takes the place of the tokenizer's."""
 
@@ -35,7 +59,59 @@ class ChatTemplate:
         return self.instead if self.instead is not None else getattr(self.tokenizer, "chat_template", None)
 
     def text(self, instruction: str) -> str:
-        """Return the prompt as text, up to where the answer starts."""
+        """Return the prompt as text, up to where the answer starts: a thought before it is closed and empty."""
+        rendered = self._rendered(instruction, self.options)
+        return rendered + self._no_thought(rendered, instruction)
+
+    def opening(self, instruction: str) -> str:
+        """Return the prompt up to where the model writes: before its thought where it thinks, else as `text`."""
+        return self._rendered(instruction, self.options) if self.thinking.on else self.text(instruction)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the model thinks before it answers unless the prompt closes the thought."""
+        tail = self._rendered(_PROBES[0], self.options).rpartition(_PROBES[0])[2]
+        return bool(self.thinking.variable or self.thinking.header or _is_open(tail))
+
+    def _no_thought(self, rendered: str, instruction: str) -> str:
+        """Return what closes the thought that `rendered` opens, or lets the model open."""
+        tail = rendered.rpartition(instruction)[2]
+        if self.thinking.header:
+            return "" if tail.endswith(self.thinking.header) else self.thinking.header
+        if _is_open(tail):
+            return f"\n{_THOUGHT_END}\n\n" if tail.endswith("\n") else _THOUGHT_END
+        if self.thinking.on and self.thinking.variable:
+            # The model opens the thought itself; the template writes an empty one when it is told not to think.
+            closed = self._rendered(instruction, {**self.options, self.thinking.variable: False})
+            return closed.removeprefix(rendered) if closed.startswith(rendered) else ""
+        return ""
+
+    def answer(self, completion: Sequence[int]) -> tuple[int, ...] | None:
+        """Return the part of a completion of `opening` that is the answer, or None where the thought does not end."""
+        if not (self.thinking.on and self.thinks):
+            return tuple(completion)
+        end = self.encode(self.thinking.header or _THOUGHT_END)
+        starts = [place for place in range(len(completion)) if tuple(completion[place : place + len(end)]) == end]
+        return tuple(completion[starts[-1] + len(end) :]) if starts else None
+
+    def default_system(self) -> str | None:
+        """Return the system prompt that the template puts in by itself, found by putting in another."""
+        probe = dataclasses.replace(self, system=_PROBES[1])
+        try:
+            before, _, after = probe.around()[0].partition(_PROBES[1])
+        except InputError:
+            return None
+        found = self.around()[0]
+        if self.system is not None or not (found.startswith(before) and found.endswith(after)):
+            return None
+        return found[len(before) : len(found) - len(after)].strip() or None
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether the template asks what day it is."""
+        return "strftime_now" in str(self.source)
+
+    def _rendered(self, instruction: str, options: Mapping[str, Any]) -> str:
         messages = [{"role": "user", "content": instruction}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
@@ -48,9 +124,12 @@ class ChatTemplate:
         import jinja2
 
         try:
+            source = self.instead
+            if self.is_dated:
+                source = _PINNING + self.tokenizer.get_chat_template(self.instead)
             text = str(
                 self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.instead, tokenize=False, add_generation_prompt=True, **self.options
+                    messages, chat_template=source, tokenize=False, add_generation_prompt=True, **options
                 )
             )
         except jinja2.TemplateSyntaxError as error:
@@ -158,5 +237,11 @@ class ChatTemplate:
 
     def digest(self) -> str:
         """Return a hash of everything that decides how an instruction is rendered."""
-        parts = [self.source, self.system, dict(self.options)]
+        parts: list[Any] = [self.source, self.system, dict(self.options), dataclasses.astuple(self.thinking)]
+        if self.is_dated:
+            parts.append(PINNED)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _is_open(text: str) -> bool:
+    return _THOUGHT in text and _THOUGHT_END not in text.rpartition(_THOUGHT)[2]

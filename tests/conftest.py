@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+from refusalkit import tiny
 from refusalkit.pipeline import execute
 from refusalkit.plan import Plan, make_plan
 from refusalkit.recipe_file import load_recipe
@@ -43,6 +45,7 @@ evaluate:
   max_new_tokens: 8
 """
 
+Copy = Callable[..., Path]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -101,6 +104,23 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, registry: Registry) -
     recipe.write_text(SMALL, encoding="utf-8")
     execute(make_plan(load_recipe(recipe, registry), folder, registry), folder / "run")
     return folder / "run"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Copy:
+    """Give a function that copies the embedded model and returns the folder, files replaced or (None) removed."""
+
+    def copy(**files: str | bytes | None) -> Path:
+        folder = Path(shutil.copytree(tiny.checkpoint("llama"), tmp_path / "checkpoint"))
+        for key, content in files.items():
+            (path,) = [path for path in folder.iterdir() if path.name.partition(".")[0] == key]
+            if content is None:
+                path.unlink()
+            else:
+                path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return folder
+
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ LAYERS = (
     ("stages", "testing"),
     ("plan",),
     ("run_directory", "report"),
-    ("plan_text", "bake", "pipeline"),
+    ("plan_text", "adapter_check", "bake", "pipeline"),
     ("python", "reproduction"),
     ("cli",),
     ("__main__", "reference"),

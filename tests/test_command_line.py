@@ -158,3 +158,23 @@ def test_a_baked_run_loads_as_a_checkpoint_without_its_prompts(
     direction = load_file(finished_run / "direction.safetensors")["direction"].float()
     weight = AutoModelForCausalLM.from_pretrained(tmp_path / "baked").model.layers[0].mlp.down_proj.weight
     assert (direction @ weight).abs().max() < 1e-5 * direction.norm() * weight.norm()
+
+
+def test_adapters_are_listed_with_owner_claim_and_refusals(command: Command) -> None:
+    done = command("adapters")
+    assert done.returncode == 0
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    assert "refusalkit " in lines["gpt2"]
+    assert lines["gpt2"].endswith("equal to ablation      GPT2LMHeadModel")
+    assert "AltUp" in lines["gemma3n"]
+    assert "hidden_size_per_layer_input is not zero" in lines["gemma4"]
+
+
+def test_the_adapter_of_a_model_is_checked_on_its_weights(command: Command) -> None:
+    done = command("adapters", "tiny:gemma")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "adapter      gemma2, from refusalkit" in done.stdout
+    assert "BROKEN" not in done.stdout
+    done = command("adapters", "tiny:gemma", "--adapter", "gemma")
+    assert done.returncode == 1
+    assert "BROKEN: resid_pre + attn_out + mlp_out == resid_post" in done.stdout

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from refusalkit import algebra, tiny
 from refusalkit.adapter import Adapter
-from refusalkit.builtin.adapters import GEMMA2, LLAMA, QWEN2
+from refusalkit.builtin.adapters import GEMMA2, GEMMA4, GPT2, GPT_NEOX, LLAMA, QWEN2, QWEN3_5
 from refusalkit.builtin.interventions import ablate_everywhere
 from refusalkit.checkpoint import open_checkpoint
 from refusalkit.engine import blocks
@@ -61,9 +61,9 @@ def _hooks(engine: Engine, removed: Tensor) -> Iterator[None]:
         return (strip(output[0]), *output[1:]) if isinstance(output, tuple) else strip(output)
 
     handles = []
-    for block in engine.module.model.layers:
+    for block, writes in zip(engine.module.model.layers, engine.layout.writes, strict=True):
         handles.append(block.register_forward_pre_hook(lambda _, args: (strip(args[0]), *args[1:])))
-        for write in engine.adapter.writes:
+        for write in writes:
             handles.append(block.get_submodule(write.output).register_forward_hook(on_output))
     try:
         yield
@@ -153,8 +153,12 @@ def test_steering_that_starts_at_its_layer_equals_the_whole_pass(
         (QWEN2, "Qwen2ForCausalLM", {}),
         (GEMMA2, "Gemma2ForCausalLM", {"sliding_window": 64}),
         (GEMMA2, "Gemma2ForCausalLM", {"sliding_window": 12}),
+        (QWEN3_5, "Qwen3_5ForCausalLM", {}),
+        (GPT2, "GPT2LMHeadModel", {}),
+        (GPT_NEOX, "GPTNeoXForCausalLM", {}),
+        (GEMMA4, "Gemma4ForCausalLM", {}),
     ],
-    ids=["llama", "qwen2", "gemma2", "gemma2-window-shorter-than-prompts"],
+    ids=["llama", "qwen2", "gemma2", "gemma2-short-window", "qwen3.5", "gpt2", "gpt-neox", "gemma4"],
 )
 def test_results_do_not_depend_on_batches_packs_or_the_shared_front(
     adapter: Adapter, architecture: str, options: dict[str, Any]
@@ -205,8 +209,8 @@ def test_a_remote_dry_run_reads_the_same_bits() -> None:
     engine = random_engine("LlamaForCausalLM", LLAMA)
     group = batch(PROMPTS, range(len(PROMPTS)), 0, 0, torch.device("cpu"))
     ablation = ablate_everywhere(_direction(engine))
-    program = lower([ablation], LLAMA, 7, torch.device("cpu"), [("resid_pre", layer) for layer in range(4)])
-    plain = lower([ablation], LLAMA, 7, torch.device("cpu"))
+    program = lower([ablation], engine.layout, 7, torch.device("cpu"), [("resid_pre", layer) for layer in range(4)])
+    plain = lower([ablation], engine.layout, 7, torch.device("cpu"))
     inputs = group.repeated(1)
 
     def both(call: Callable[[dict[str, Any]], Any]) -> tuple[Any, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,10 +18,9 @@ from refusalkit import tiny
 from refusalkit.errors import InputError, RefusalkitError, RunError
 from refusalkit.pipeline import execute
 from refusalkit.plan import Plan
-from tests.conftest import one_hint
+from tests.conftest import Copy, one_hint
 
 PlanOf = Callable[..., Plan]
-Copy = Callable[..., Path]
 
 
 def refused(kind: type[RefusalkitError], act: Callable[[], object]) -> RefusalkitError:
@@ -35,23 +33,6 @@ def refused(kind: type[RefusalkitError], act: Callable[[], object]) -> Refusalki
     assert error.where
     assert one_hint(str(error).splitlines()), str(error)
     return error
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Copy:
-    """Give a function that copies the embedded model and returns the folder, files replaced or (None) removed."""
-
-    def copy(**files: str | bytes | None) -> Path:
-        folder = Path(shutil.copytree(tiny.checkpoint("llama"), tmp_path / "checkpoint"))
-        for key, content in files.items():
-            (path,) = [path for path in folder.iterdir() if path.name.partition(".")[0] == key]
-            if content is None:
-                path.unlink()
-            else:
-                path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return folder
-
-    return copy
 
 
 def config(**changed: object) -> str:
@@ -110,9 +91,9 @@ def test_a_checkpoint_that_cannot_be_read(
 
 
 def test_an_unsupported_architecture_lists_the_known_and_how_to_add_one(plan_of: PlanOf, checkpoint: Copy) -> None:
-    folder = checkpoint(config=config(architectures=["GPT2LMHeadModel"], model_type="gpt2"))
+    folder = checkpoint(config=config(architectures=["BloomForCausalLM"], model_type="bloom"))
     error = refused(InputError, lambda: plan_of(f"model.id={folder}"))
-    assert error.message == "no adapter is for the architecture GPT2LMHeadModel"
+    assert error.message == "no adapter is for the architecture BloomForCausalLM"
     for known in ("LlamaForCausalLM", "Gemma2ForCausalLM", "Qwen2ForCausalLM", "docs/how-to/write-a-plugin.md"):
         assert known in str(error.hint)
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import transformers
 
-from refusalkit.adapter import Adapter, Write
-from refusalkit.builtin.adapters import ADAPTERS, GEMMA2, LLAMA
+from refusalkit.adapter import Write
+from refusalkit.builtin.adapters import ADAPTERS, GEMMA2, LLAMA, QWEN3_5
 from refusalkit.builtin.estimators import ESTIMATORS, Pca, Shuffled, Som
 from refusalkit.builtin.interventions import INTERVENTIONS, Steer
 from refusalkit.builtin.metrics import METRICS
 from refusalkit.builtin.selectors import Causal, Fixed
 from refusalkit.builtin.strategies import STRATEGIES, Random
+from refusalkit.checkpoint import open_checkpoint
+from refusalkit.engine.load import load_module
+from refusalkit.errors import InputError, RunError
+from refusalkit.recipe import ModelSection
+from refusalkit.registry import load_registry
 from refusalkit.strategy import Strategy
 from refusalkit.testing import (
     Law,
@@ -23,13 +32,31 @@ from refusalkit.testing import (
     check_strategy,
     random_engine,
     random_model,
+    tiny_tokenizer,
 )
+from refusalkit.testing.architectures import ARCHITECTURES, COMMON
 
-CASES = [
-    pytest.param(adapter, architecture, tied, id=f"{adapter.name}-{architecture}-{'tied' if tied else 'untied'}")
+#: Their attention is computed eagerly, which in float64 gives a padded row no number.
+FLOAT32 = ("Gemma2ForCausalLM",)
+#: What transformers loads in place of a multimodal checkpoint is a case of its own.
+SHAPED = {
+    architecture: adapter
     for adapter in ADAPTERS
     for architecture in adapter.architectures
-    for tied in (False, True)
+    if architecture in ARCHITECTURES
+}
+VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("GPTNeoXForCausalLM", {"use_parallel_residual": False}),
+    ("GPTNeoXForCausalLM", {"attention_bias": False}),
+    ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    (
+        "Gemma4ForCausalLM",
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+    ),
+)
+CASES = [
+    *[(architecture, {"tied": tied}) for architecture in SHAPED for tied in (False, True)],
+    *VARIANTS,
 ]
 
 
@@ -38,11 +65,62 @@ def _assert_hold(laws: tuple[Law, ...]) -> None:
     assert not [str(law) for law in laws if not law.holds]
 
 
-@pytest.mark.parametrize(("adapter", "architecture", "tied"), CASES)
+def _name(value: object) -> str:
+    return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+
+
+@pytest.mark.parametrize(("architecture", "options"), CASES, ids=_name)
 def test_adapter_names_every_write_and_tells_the_truth_about_weights(
-    adapter: Adapter, architecture: str, tied: bool
+    architecture: str, options: dict[str, Any]
 ) -> None:
-    _assert_hold(check_adapter(adapter, random_model(architecture, tied=tied)))
+    dtype = torch.float32 if architecture in FLOAT32 else torch.float64
+    _assert_hold(check_adapter(SHAPED[architecture], random_model(architecture, dtype=dtype, **options)))
+
+
+def test_every_adapter_is_checked_or_refuses() -> None:
+    unchecked = {name for adapter in ADAPTERS if not adapter.refuses for name in adapter.architectures} - {*SHAPED}
+    assert unchecked == {"Qwen3_5ForConditionalGeneration"}
+
+
+def test_a_multimodal_checkpoint_is_studied_as_its_text_part(tmp_path: Path) -> None:
+    _, settings = ARCHITECTURES["Qwen3_5ForCausalLM"]
+    text = {**COMMON, **settings}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision)
+    transformers.Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(ModelSection(id=str(tmp_path)), load_registry(entry_points=False))
+    assert checkpoint.architecture == "Qwen3_5ForConditionalGeneration"
+    _assert_hold(check_adapter(checkpoint.adapter, load_module(checkpoint)))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("Gemma3nForCausalLM", {}),
+        ("DeepseekV4ForCausalLM", {}),
+        ("Gemma4ForCausalLM", {"hidden_size_per_layer_input": 8}),
+    ],
+    ids=_name,
+)
+def test_a_stream_that_adapters_cannot_express_is_refused_with_the_reason(
+    architecture: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    adapter = next(adapter for adapter in ADAPTERS if architecture in adapter.architectures)
+    assert adapter.refuses
+    config = getattr(transformers, architecture).config_class(**settings)
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    for section in (ModelSection(id=str(tmp_path)), ModelSection(id=str(tmp_path), adapter=adapter.name)):
+        with pytest.raises(InputError) as caught:
+            open_checkpoint(section, load_registry(entry_points=False))
+        assert caught.value.message == f"{architecture} cannot be studied: {adapter.refuses.reason}"
+
+
+def test_a_block_without_any_of_the_described_writes_is_an_error() -> None:
+    dense = dataclasses.replace(QWEN3_5, attention=QWEN3_5.writes[0][:1])
+    with pytest.raises(RunError, match=r"names model\.layers\.0\.self_attn, which this model does not have"):
+        check_adapter(dense, random_model("Qwen3_5ForCausalLM"))
 
 
 def test_adapter_law_catches_an_adapter_that_overlooks_the_post_norm() -> None:

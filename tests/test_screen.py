@@ -60,8 +60,8 @@ def last_logits(engine: Engine, prompts: list[tuple[int, ...]]) -> Tensor:
 
 def writers(engine: Engine) -> list[Any]:
     model = engine.module.model
-    paths = (engine.adapter.attention.output, engine.adapter.mlp.output)
-    return [model.embed_tokens, *(layer.get_submodule(path) for layer in model.layers for path in paths)]
+    places = zip(model.layers, engine.layout.writes, strict=True)
+    return [model.embed_tokens, *(block.get_submodule(write.output) for block, writes in places for write in writes)]
 
 
 # Of one length: padding turns eager attention in float64 into not-a-number.

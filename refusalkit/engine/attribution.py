@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refusalkit.adapter import Adapter
 from refusalkit.engine import blocks
 from refusalkit.engine.batch import Batch
+from refusalkit.engine.layout import Layout
 from refusalkit.engine.lower import lower
 from refusalkit.intervention import NOTHING, SITES, Site
 from refusalkit.selector import Measure
@@ -32,10 +32,10 @@ def sites(site: Site, n_layers: int) -> list[tuple[Site, int]]:
 
 
 def attribute_batch(
-    model: Any, adapter: Adapter, group: Batch, places: Sequence[tuple[Site, int]], measures: Sequence[Measure]
+    model: Any, layout: Layout, group: Batch, places: Sequence[tuple[Site, int]], measures: Sequence[Measure]
 ) -> tuple[list[Tensor], list[tuple[Tensor, list[Tensor]]]]:
     """Return the hidden states at `places`, and the value and gradients there of every measure, for one batch."""
-    program = lower([NOTHING], adapter, len(group.indices), group.input_ids.device, places)
+    program = lower([NOTHING], layout, len(group.indices), group.input_ids.device, places)
     quantile = (torch.tensor(group.indices, dtype=torch.float64) + 0.5) * _GOLDEN % 1.0
     objectives = [
         (False, torch.tensor(measure.token_ids)) if measure.kind == "refusal_score" else (True, quantile)

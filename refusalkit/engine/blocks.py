@@ -50,6 +50,7 @@ def read(
     `positions` picks positions; None keeps them all.
     """
     index = slice(None) if positions is None else list(positions)
+    prompts = len(inputs["input_ids"])
     with torch.no_grad(), model.trace(inputs, **options) as tracer:
         found = nnsight.save([])
         for path, at_input, remove, add, keep in program:
@@ -62,7 +63,7 @@ def read(
                 else:
                     module.output = value
             if keep:
-                found.append(algebra.hidden(value)[:, index])
+                found.append(algebra.hidden(value, prompts)[:, index])
         tracer.stop()
     return found  # type: ignore[no-any-return]
 
@@ -72,6 +73,7 @@ def read_sums(
 ) -> Tensor:
     """Return the sum over rows of what `program` keeps at `positions`, [position, read, d_model] float64."""
     index = list(positions)
+    prompts = len(inputs["input_ids"])
     with torch.no_grad(), model.trace(inputs, **options) as tracer:
         rows = []
         for path, at_input, remove, add, keep in program:
@@ -84,7 +86,7 @@ def read_sums(
                 else:
                     module.output = value
             if keep:
-                rows.append(algebra.hidden(value)[:, index].double().sum(0).cpu())
+                rows.append(algebra.hidden(value, prompts)[:, index].double().sum(0).cpu())
         total = nnsight.save(torch.stack(rows, 1))
         tracer.stop()
     return total  # type: ignore[no-any-return]
@@ -98,11 +100,14 @@ def gradients(
     That is its value [row] and its gradient at each of the hidden states. The first place kept has to be the input of
     the first block: everything later is differentiable because it is.
     """
+    prompts = len(inputs["input_ids"])
     with torch.enable_grad(), model.trace(inputs, **options):
         kept: list[Tensor] = []
         for path, at_input, _, _, _ in program:
             module = model.get(path)
-            value = algebra.hidden(module.input if at_input else module.output)
+            value = module.input if at_input else module.output
+            # Gradients are those of the tensor that goes on, so it takes its shape afterwards.
+            value = value[0] if isinstance(value, tuple) else value
             if not kept:
                 value.requires_grad_(True)
             kept.append(value)
@@ -111,8 +116,9 @@ def gradients(
         for draws, numbers in objectives:
             score = algebra.drawn_log_probability if draws else algebra.refusal_score
             values = score(logits, numbers)
-            found.append((values.detach(), list(torch.autograd.grad(values.sum(), kept, retain_graph=True))))
-        states = nnsight.save([value.detach() for value in kept])
+            grads = torch.autograd.grad(values.sum(), kept, retain_graph=True)
+            found.append((values.detach(), [algebra.hidden(grad, prompts) for grad in grads]))
+        states = nnsight.save([algebra.hidden(value.detach(), prompts) for value in kept])
         found = nnsight.save(found)
     return states, found
 

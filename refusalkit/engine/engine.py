@@ -23,6 +23,7 @@ from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.engine import attribution, blocks, weights
 from refusalkit.engine.batch import Batch, Tokens, batch, chunks, shared_prefix
+from refusalkit.engine.layout import layout_of
 from refusalkit.engine.lower import Pack, lower, packs
 from refusalkit.engine.memory import out_of_memory
 from refusalkit.errors import RunError
@@ -62,6 +63,7 @@ class Engine:
         self.model = model
         self.module: Any = model._module
         self.adapter = adapter
+        self.layout = layout_of(self.module, adapter)
         self.batch_size = batch_size or DEFAULT_BATCH_SIZE
         config = self.module.config.get_text_config()
         self.n_layers: int = config.num_hidden_layers
@@ -104,7 +106,7 @@ class Engine:
         def run(group: Batch, options: dict[str, Any]) -> None:
             nonlocal total
             inputs = group.repeated(1)
-            program = lower([intervention or NOTHING], self.adapter, len(group.indices), self.device, reads)
+            program = lower([intervention or NOTHING], self.layout, len(group.indices), self.device, reads)
             if keep_samples:
                 found = blocks.read(self.model, inputs, program, positions, options)
                 rows = torch.stack([row.cpu() for row in found], 2).float()
@@ -193,7 +195,7 @@ class Engine:
 
         def run(group: Batch, _: dict[str, Any]) -> None:
             rows = list(group.indices)
-            states, found = attribution.attribute_batch(self.model, self.adapter, group, places, measures)
+            states, found = attribution.attribute_batch(self.model, self.layout, group, places, measures)
             for index, (value, grads) in enumerate(found):
                 values[index, rows] = value.cpu()
                 gradient[index] += torch.stack([grads[place].double().sum((0, 1)).cpu() for place in at])
@@ -214,14 +216,14 @@ class Engine:
         """Return logits [intervention * prompt, d_vocab] of a pack on one batch, skipping layers it leaves alone."""
         times, rows = len(pack.interventions), len(group.indices)
         start = pack.first_layer if clean is not None and pack.first_layer is not None else 0
-        skipped = [f"{self.adapter.blocks}.{layer}" for layer in range(start)]
+        skipped = [self.layout.block(layer) for layer in range(start)]
         resid = None if clean is None or start == 0 else clean.resid[start].to(self.device).repeat(times, 1, 1)
         options: dict[str, Any] = {"logits_to_keep": 1, "use_cache": False}
         if prefix:
             cache = self._prefix_cache(pack, prefix, clean, start)
             cache.batch_repeat_interleave(rows)
             options.update(self._with_cache(cache))
-        program = lower(pack.interventions, self.adapter, rows, self.device)
+        program = lower(pack.interventions, self.layout, rows, self.device)
         self.prompt_passes += times * rows * (self.n_layers - start) / self.n_layers
         return blocks.last_logits(self.model, group.repeated(times), program, options, (skipped, resid))
 
@@ -231,8 +233,8 @@ class Engine:
         if not any(intervention.edits for intervention in pack.interventions) and clean is not None:
             return copy.deepcopy(clean.prefix_cache)
         cache = self._empty_cache()
-        program = lower(pack.interventions, self.adapter, 1, self.device)
-        skipped = [f"{self.adapter.blocks}.{layer}" for layer in range(start)]
+        program = lower(pack.interventions, self.layout, 1, self.device)
+        skipped = [self.layout.block(layer) for layer in range(start)]
         resid = None
         if start and clean is not None:
             resid = clean.prefix_resid[start].to(self.device).repeat(times, 1, 1)
@@ -255,13 +257,13 @@ class Engine:
             cache = self._empty_cache()
             inputs = _prefix_inputs(prefix, 1, self.device)
             # Not stopped after the last input: the cache needs the last block too.
-            last = lower([NOTHING], self.adapter, 1, self.device, [*reads, ("resid_post", self.n_layers - 1)])
+            last = lower([NOTHING], self.layout, 1, self.device, [*reads, ("resid_post", self.n_layers - 1)])
             front = blocks.read(self.model, inputs, last, None, self._with_cache(cache))
             prefix_resid = front[:-1]
             used = copy.deepcopy(cache)
             used.batch_repeat_interleave(len(group.indices))
             options.update(self._with_cache(used))
-        program = lower([NOTHING], self.adapter, 1, self.device, reads)
+        program = lower([NOTHING], self.layout, 1, self.device, reads)
         resid = blocks.read(self.model, group.repeated(1), program, None, options)
         self.prompt_passes += len(group.indices)
         return Clean(resid, prefix_resid, cache)
@@ -294,7 +296,7 @@ class Engine:
             if intervention is None or not intervention.edits:
                 ids = blocks.generate_plainly(self.model, inputs, options)
             else:
-                program = lower([intervention], self.adapter, len(group.indices), self.device)
+                program = lower([intervention], self.layout, len(group.indices), self.device)
                 with _one_step_too_many():
                     ids = blocks.generate(self.model, inputs, program, options)
             for index, row in zip(group.indices, ids[:, group.input_ids.shape[1] :].tolist(), strict=True):
@@ -317,7 +319,7 @@ class Engine:
             columns = torch.arange(width, 0, -1)
             mask = columns[None] <= counts[list(group.indices), None]
             targets = (group.input_ids[:, -width:], mask)
-            program = lower([intervention or NOTHING], self.adapter, len(group.indices), self.device)
+            program = lower([intervention or NOTHING], self.layout, len(group.indices), self.device)
             options = {"logits_to_keep": width, "use_cache": False}
             rows = blocks.completion_losses(self.model, group.repeated(1), program, targets, options)
             losses[list(group.indices)] = rows.cpu()

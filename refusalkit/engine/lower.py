@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from refusalkit.adapter import Adapter
+from refusalkit.engine.layout import Layout
 from refusalkit.intervention import SITES, Edit, Intervention, Site
 
 #: (path of the module, whether its input is meant rather than its output, remove, add, whether to keep what is there)
@@ -33,16 +33,17 @@ class Pack(NamedTuple):
         return self.interventions[0].first_layer
 
 
-def place(adapter: Adapter, site: Site, layer: int) -> tuple[str, bool]:
+def place(layout: Layout, site: Site, layer: int) -> tuple[str, bool]:
     """Return the module path of a site, and whether the site is that module's input."""
-    block = f"{adapter.blocks}.{layer}"
+    block = layout.block(layer)
+    attention, mlp = layout.writes[layer]
     match site:
         case "resid_pre":
             return block, True
         case "attn_out":
-            return f"{block}.{adapter.attention.output}", False
+            return f"{block}.{attention.output}", False
         case "mlp_out":
-            return f"{block}.{adapter.mlp.output}", False
+            return f"{block}.{mlp.output}", False
         case "resid_post":
             return block, False
 
@@ -72,7 +73,7 @@ def packs(interventions: Sequence[tuple[int, Intervention]], size: int) -> list[
 
 def lower(
     pack: Sequence[Intervention],
-    adapter: Adapter,
+    layout: Layout,
     rows: int,
     device: torch.device,
     reads: Sequence[tuple[Site, int]] = (),
@@ -103,7 +104,7 @@ def lower(
         site, layer = edits[0].site, edits[0].layer
         remove = rowwise([edit.remove for edit in edits], is_add=False)
         add = rowwise([edit.add for edit in edits], is_add=True)
-        steps.append(((layer, SITES.index(site), 0), (*place(adapter, site, layer), remove, add, False)))
+        steps.append(((layer, SITES.index(site), 0), (*place(layout, site, layer), remove, add, False)))
     for site, layer in reads:
-        steps.append(((layer, SITES.index(site), 1), (*place(adapter, site, layer), None, None, True)))
+        steps.append(((layer, SITES.index(site), 1), (*place(layout, site, layer), None, None, True)))
     return tuple(step for _, step in sorted(steps, key=lambda pair: pair[0]))

@@ -8,7 +8,7 @@ direction; the adapter says that this is not equal to ablation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from refusalkit import algebra
-from refusalkit.adapter import Adapter, Write
-from refusalkit.errors import RunError
+from refusalkit.adapter import Adapter, Gain
+from refusalkit.engine.layout import layout_of, parameter, resolve
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def orthogonalize(module: Any, adapter: Adapter, basis: Tensor) -> Edited:
     untied = _untie(module)
     names = []
     with torch.no_grad():
-        for name, parameter, axis, rows in _writers(module, adapter, basis):
-            parameter.copy_(algebra.orthogonalize(parameter, rows.to(parameter.device), axis))
+        for name, weight, axis, rows in _writers(module, adapter, basis):
+            weight.copy_(algebra.orthogonalize(weight, rows.to(weight.device), axis))
             names.append(name)
     return Edited(tuple(names), untied)
 
@@ -43,14 +43,14 @@ def orthogonalize(module: Any, adapter: Adapter, basis: Tensor) -> Edited:
 @contextmanager
 def edited(module: Any, adapter: Adapter, basis: Tensor) -> Iterator[Edited]:
     """Edit the weights of `module` for the length of a block, then restore them bit for bit."""
-    kept = [(parameter, parameter.detach().cpu().clone()) for _, parameter, _, _ in _writers(module, adapter, basis)]
+    kept = [(weight, weight.detach().cpu().clone()) for _, weight, _, _ in _writers(module, adapter, basis)]
     changes = orthogonalize(module, adapter, basis)
     try:
         yield changes
     finally:
         with torch.no_grad():
-            for parameter, original in kept:
-                parameter.copy_(original)
+            for weight, original in kept:
+                weight.copy_(original)
         if changes.untied:
             module.get_output_embeddings().weight = module.get_input_embeddings().weight
             module.config.tie_word_embeddings = True
@@ -67,47 +67,28 @@ def _untie(module: Any) -> bool:
 
 def _writers(module: Any, adapter: Adapter, basis: Tensor) -> Iterator[tuple[str, Tensor, int, Tensor]]:
     """Yield (name, parameter, axis of length d_model, rows to remove) for everything that writes the stream."""
-    embedding = f"{adapter.embedding}.weight"
-    yield embedding, _parameter(module, embedding, adapter), -1, basis
-    blocks = _resolve(module, adapter.blocks)
-    if blocks is None:
-        raise _missing(adapter, adapter.blocks)
-    for layer, block in enumerate(blocks):
-        for write in adapter.writes:
-            rows = _rows(block, write, adapter, basis)
+    for name in (f"{adapter.embedding}.weight", *adapter.also_embedding):
+        yield name, parameter(module, name, adapter), -1, basis
+    layout = layout_of(module, adapter)
+    for layer, writes in enumerate(layout.writes):
+        block = resolve(module, layout.block(layer))
+        for write in writes:
             for matrix in write.matrices:
-                parameter = _resolve(block, matrix.path)
-                if parameter is None:
-                    if matrix.path.endswith("bias"):
-                        continue
-                    raise _missing(adapter, f"{adapter.blocks}.{layer}.{matrix.path}")
-                yield f"{adapter.blocks}.{layer}.{matrix.path}", parameter, matrix.axis, rows
+                found = resolve(block, matrix.path)
+                if found is not None:
+                    gains = [gain for gain in (write.gain, matrix.gain) if gain is not None]
+                    yield (
+                        f"{layout.block(layer)}.{matrix.path}",
+                        found,
+                        matrix.axis,
+                        _rows(block, gains, adapter, basis),
+                    )
 
 
-def _rows(block: Any, write: Write, adapter: Adapter, basis: Tensor) -> Tensor:
-    if write.gain is None:
-        return basis
-    weight = _parameter(block, write.gain.path, adapter)
-    gain = weight.detach().double() + write.gain.offset
-    return algebra.orthonormal(basis.to(gain.device).double() * gain)
-
-
-def _parameter(module: Any, path: str, adapter: Adapter) -> Tensor:
-    found = _resolve(module, path)
-    if found is None:
-        raise _missing(adapter, path)
-    return found  # type: ignore[no-any-return]
-
-
-def _resolve(module: Any, path: str) -> Any:
-    for part in path.split("."):
-        module = getattr(module, part, None)
-    return module
-
-
-def _missing(adapter: Adapter, path: str) -> RunError:
-    return RunError(
-        f"the adapter {adapter.name!r} names {path}, which this model does not have",
-        where="model.adapter",
-        hint="the checkpoint needs another adapter",
-    )
+def _rows(block: Any, gains: Sequence[Gain], adapter: Adapter, basis: Tensor) -> Tensor:
+    """Return what a parameter must not write, so that nothing is left along `basis` behind the norms after it."""
+    rows = basis
+    for gain in gains:
+        weight = parameter(block, gain.path, adapter).detach().double()
+        rows = rows.to(weight.device).double() * (weight + gain.offset)
+    return algebra.orthonormal(rows) if gains else basis

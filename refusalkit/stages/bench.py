@@ -23,6 +23,10 @@ class Bench:
         """Render and tokenise instructions."""
         return tuple(self.template.tokens(prompt) for prompt in prompts)
 
+    def openings(self, prompts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Render and tokenise instructions up to where the model writes, its thought included."""
+        return tuple(self.template.encode(self.template.opening(prompt)) for prompt in prompts)
+
     def advance(self, what: str) -> Advance:
         """Return the progress callback of one part of a stage."""
         return lambda done, total: self.progress.advance(what, done, total)

@@ -40,6 +40,9 @@ class Baseline:
 
     prompts: tuple[str, ...]
     tokens: tuple[Tokens, ...]
+    """Up to where the answer starts."""
+    openings: tuple[Tokens, ...]
+    """Up to where the model writes; the same unless it thinks."""
     logits: Tensor
     completions: tuple[Tokens, ...]
 
@@ -118,12 +121,19 @@ def _random_like(direction: Direction, seed: int) -> Direction:
 
 def _baseline(section: EvaluateSection, prompts: tuple[str, ...], needs: set[Need], bench: Bench) -> Baseline:
     tokens = bench.tokens(prompts)
+    openings = bench.openings(prompts)
     completions: Sequence[Tokens] = ()
     if needs & {"completions", "losses"}:
         completions = bench.engine.generate(
-            tokens, None, section.max_new_tokens, bench.advance("completions of the unmodified model")
+            openings, None, section.max_new_tokens, bench.advance("completions of the unmodified model")
         )
-    return Baseline(prompts, tokens, bench.engine.logits(tokens), tuple(completions))
+    if completions and all(bench.template.answer(ids) is None for ids in completions):
+        raise RunError(
+            f"no completion comes to an answer: every thought is longer than {section.max_new_tokens} tokens",
+            where="evaluate.max_new_tokens",
+            hint="raise it, or leave `prompts.thinking` out",
+        )
+    return Baseline(prompts, tokens, openings, bench.engine.logits(tokens), tuple(completions))
 
 
 @contextmanager
@@ -152,12 +162,13 @@ def _run(
             made = (
                 base.completions
                 if plain
-                else engine.generate(base.tokens, case.intervention, section.max_new_tokens, bench.advance(what))
+                else engine.generate(base.openings, case.intervention, section.max_new_tokens, bench.advance(what))
             )
-            texts = tuple(bench.template.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in made)
+            answers = [bench.template.answer(ids) or () for ids in made]
+            texts = tuple(bench.template.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers)
         losses = counts = None
         if "losses" in needs:
-            losses, counts = engine.losses(base.tokens, base.completions, case.intervention)
+            losses, counts = engine.losses(base.openings, base.completions, case.intervention)
         evidence = Evidence(
             side, base.prompts, splits.openers.token_ids, texts, outcome.logits[side], base.logits, losses, counts
         )

@@ -14,6 +14,7 @@ from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.builtin.interventions import ablate_everywhere
 from refusalkit.engine.engine import Engine
+from refusalkit.engine.layout import resolve
 from refusalkit.engine.load import engine_of
 from refusalkit.intervention import SITES, Direction, InterventionSpec
 from refusalkit.metric import Evidence, Metric
@@ -76,7 +77,8 @@ def _sites(engine: Engine, prompts: Sequence[tuple[int, ...]], direction: Direct
 def _writes_add_up(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> tuple[Law, ...]:
     sites = _sites(engine, prompts)
     scale = sites["resid_post"].abs().max().item()
-    total = sites["resid_pre"] + sites["attn_out"] + sites["mlp_out"]
+    attention, mlp, block = _multipliers(engine)
+    total = (sites["resid_pre"] + attention * sites["attn_out"] + mlp * sites["mlp_out"]) * block
     gap = (total - sites["resid_post"]).abs().max().item() / scale
     step = (sites["resid_post"][:, :, :-1] - sites["resid_pre"][:, :, 1:]).abs().max().item() / scale
     return (
@@ -85,9 +87,22 @@ def _writes_add_up(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> tuple[
     )
 
 
+def _multipliers(engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what each layer multiplies its attention, its MLP and its whole output by: three [layer, 1]."""
+    layout = engine.layout
+    found = []
+    for layer, (attention, mlp) in enumerate(layout.writes):
+        block = resolve(engine.module, layout.block(layer))
+        paths = (attention.multiplier, mlp.multiplier, layout.adapter.block_multiplier)
+        found.append([1.0 if path is None else float(resolve(block, path)) for path in paths])
+    first, second, third = torch.tensor(found)[..., None].unbind(1)
+    return first, second, third
+
+
 def _ablation_is_complete(engine: Engine, prompts: Sequence[tuple[int, ...]], direction: Direction) -> tuple[Law, ...]:
-    final = _sites(engine, prompts, direction)["resid_post"][:, :, -1]
-    left = (final @ algebra.unit(direction.vector)).abs().max().item() / final.norm(dim=-1).max().item()
+    unit = algebra.unit(direction.vector)
+    sites = _sites(engine, prompts, direction).values()
+    left = max((site @ unit).abs().max().item() / site.norm(dim=-1).max().item() for site in sites)
     return (Law("nothing is left along an ablated direction", left, 1e-6),)
 
 

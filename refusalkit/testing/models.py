@@ -6,7 +6,6 @@ a gain is one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,30 +14,7 @@ from refusalkit.adapter import Adapter
 from refusalkit.engine.engine import Engine
 from refusalkit.engine.load import engine_of
 from refusalkit.errors import InputError
-
-_COMMON: Mapping[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-#: Configuration class and what differs from the common shape, by model class.
-ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "LlamaForCausalLM": ("LlamaConfig", {}),
-    "Qwen2ForCausalLM": ("Qwen2Config", {}),
-    "Qwen3ForCausalLM": ("Qwen3Config", {}),
-    "GemmaForCausalLM": ("GemmaConfig", {}),
-    "Gemma2ForCausalLM": ("Gemma2Config", {"sliding_window": 16}),
-    "Gemma3ForCausalLM": ("Gemma3TextConfig", {"sliding_window": 16}),
-}
+from refusalkit.testing.architectures import ARCHITECTURES, COMMON
 
 CHATML = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} \n {{ message['content'] }} <|im_end|> \n "
@@ -46,8 +22,13 @@ CHATML = (
 )
 
 
-def random_model(architecture: str, *, tied: bool = False, seed: int = 0, **overrides: Any) -> Any:
-    """Build a float32 model of `architecture` (a value of `config.architectures`) with random weights."""
+def random_model(
+    architecture: str, *, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Any:
+    """Build a model of `architecture` (a value of `config.architectures`) with random weights.
+
+    `overrides` are settings of its configuration, of the text part where it has several.
+    """
     import transformers
 
     if architecture not in ARCHITECTURES:
@@ -55,14 +36,24 @@ def random_model(architecture: str, *, tied: bool = False, seed: int = 0, **over
             f"no tiny configuration of {architecture}", where="refusalkit.testing", hint=", ".join(ARCHITECTURES)
         )
     name, differences = ARCHITECTURES[architecture]
-    config = getattr(transformers, name)(**{**_COMMON, **differences, "tie_word_embeddings": tied, **overrides})
+    settings = {**COMMON, **differences, "tie_word_embeddings": tied, **overrides}
+    vision = settings.pop("vision_config", None)
+    if vision is not None:
+        settings = {"text_config": settings, "vision_config": dict(vision), "tie_word_embeddings": tied}
+    config = getattr(transformers, name)(**settings)
     config.architectures = [architecture]
+    # The fast kernels for experts know no float64.
+    model = getattr(transformers, architecture)._from_config(config, dtype=dtype, experts_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
-    model = getattr(transformers, architecture)(config).eval().requires_grad_(False)
-    for _, parameter in sorted(model.named_parameters()):
-        scale = 0.3 if parameter.ndim == 1 else 1.5 * parameter.shape[-1] ** -0.5
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + (parameter.ndim == 1))
-    return model
+    tensors = [*model.named_parameters(), *(pair for pair in model.named_buffers() if pair[0].endswith(_LEARNED))]
+    for _, tensor in sorted(tensors):
+        scale = 0.3 if tensor.ndim == 1 else 1.5 * tensor.shape[-1] ** -0.5
+        tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * scale + (tensor.ndim == 1))
+    return model.eval().requires_grad_(False)
+
+
+#: Buffers that a checkpoint brings along.
+_LEARNED = ("layer_scalar", "e_score_correction_bias")
 
 
 def tiny_tokenizer(chat_template: str = CHATML) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from refusalkit import algebra
 from refusalkit.adapter import Adapter
+from refusalkit.engine.layout import layout_of
 
 Tokens = tuple[int, ...]
 Hook = tuple[Any, bool, Callable[[Tensor], Tensor]]
@@ -92,9 +93,9 @@ class Plain:
             return x - (x @ unit)[..., None] * unit
 
         hooks: list[Hook] = []
-        for block in self.blocks:
+        for block, writes in zip(self.blocks, layout_of(self.module, self.adapter).writes, strict=True):
             hooks.append((block, True, change))
-            hooks += [(block.get_submodule(write.output), False, change) for write in self.adapter.writes]
+            hooks += [(block.get_submodule(write.output), False, change) for write in writes]
         return hooks
 
     def addition(self, direction: Tensor, layer: int) -> list[Hook]:
