@@ -148,6 +148,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = 3,
     threads: Annotated[int, typer.Option(help="torch threads.")] = 2,
     share: Annotated[float, typer.Option(help="Share of the candidates the plain sweeps are timed on.")] = 0.05,
+    whole: Annotated[bool, typer.Option(help="Time a whole run, too.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Time capture, select, generate and the whole run against plain hooks and bare forward passes."""
@@ -158,7 +159,8 @@ def main(
     for _ in range(repeats):
         found = _round(case, clock, places, new_tokens)
     figures = _figures(case, clock, found)
-    figures["run"] = _whole_run(case)
+    if whole:
+        figures["run"] = _whole_run(case)
     _show(figures)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -207,12 +209,13 @@ def _show(figures: dict[str, Any]) -> None:
         ratio = row["plain"] / row["ours"]
         table.add_row(row["what"], f"{row['ours']:.2f}", f"{row['plain']:.2f}", f"{ratio:.2f}")
     console.print(table)
-    run = figures["run"]
     console.print(
         f"Choice {figures['choice']}, screened the same: {figures['same_choice_when_screened']}; largest difference "
-        f"of a score {figures['largest_score_difference_nats']:.1e} nats. Whole run {run['seconds']:.1f} s, "
-        f"{run['overhead']:.1%} over its forward passes. Peak memory {figures['peak_bytes'] / 2**30:.2f} GiB."
+        f"of a score {figures['largest_score_difference_nats']:.1e} nats. Peak memory "
+        f"{figures['peak_bytes'] / 2**30:.2f} GiB."
     )
+    if run := figures.get("run"):
+        console.print(f"Whole run {run['seconds']:.1f} s, {run['overhead']:.1%} over its forward passes.")
 
 
 if __name__ == "__main__":
