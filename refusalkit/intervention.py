@@ -61,6 +61,8 @@ class Direction:
     layer: int
     n_layers: int
     site: Site = "resid_pre"
+    harmless: Tensor | None = None
+    """[layer, d_model]: the mean of harmless training prompts at `site` and this position, in every layer."""
 
 
 class InterventionSpec(BaseModel, ABC):

@@ -96,7 +96,7 @@ def execute(plan: Plan, out: Path, progress: Progress | None = None, until: str 
     if "evaluate" not in wanted:
         return
     evaluation = runner.stage(
-        Evaluation, lambda: evaluate.evaluate(recipe.evaluate, (candidates, choice), splits, runner.bench())
+        Evaluation, lambda: evaluate.evaluate(recipe.evaluate, (activations, choice), splits, runner.bench())
     )
     write_json(out / "summary.json", summary(plan, choice, evaluation))
     if until == "report":

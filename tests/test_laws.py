@@ -10,16 +10,18 @@ import pytest
 import torch
 import transformers
 
+from refusalkit import algebra
 from refusalkit.adapter import Write
 from refusalkit.builtin.adapters import ADAPTERS, GEMMA2, LLAMA, QWEN3_5
 from refusalkit.builtin.estimators import ESTIMATORS, Pca, Shuffled, Som
-from refusalkit.builtin.interventions import INTERVENTIONS, Steer
+from refusalkit.builtin.interventions import INTERVENTIONS, Affine, Clamp, MeanAblate, Steer
 from refusalkit.builtin.metrics import METRICS
 from refusalkit.builtin.selectors import Causal, Fixed
 from refusalkit.builtin.strategies import STRATEGIES, Random
 from refusalkit.checkpoint import open_checkpoint
 from refusalkit.engine.load import load_module
 from refusalkit.errors import InputError, RunError
+from refusalkit.intervention import Direction
 from refusalkit.recipe import ModelSection
 from refusalkit.registry import load_registry
 from refusalkit.strategy import Strategy
@@ -143,6 +145,27 @@ def test_adapter_law_catches_a_claim_of_equality_that_is_false() -> None:
 )
 def test_strategies_obey_their_laws(strategy: Strategy) -> None:
     _assert_hold(check_strategy(strategy, finds=not isinstance(strategy, Random | Shuffled)))
+
+
+def test_setting_a_component_twice_is_setting_it_once_and_leaves_it_where_it_was_set() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vector, x = torch.randn(16, generator=generator), torch.randn((3, 5, 16), generator=generator)
+    harmless = torch.randn((4, 16), generator=generator)
+    direction = Direction(vector, -1, 2, 4, harmless=harmless)
+    unit = vector / vector.norm()
+    wanted = {
+        Affine(alpha=1.5): harmless[2] @ unit + 1.5 * vector.norm(),
+        MeanAblate(): harmless[0] @ unit,
+        Clamp(value=-3.0): torch.tensor(-3.0),
+    }
+    for spec, component in wanted.items():
+        edit = spec.build(direction).edits[0]
+        once = algebra.edit(x, edit.remove, edit.add)
+        torch.testing.assert_close(once @ unit, component.expand(3, 5), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(algebra.edit(once, edit.remove, edit.add), once, atol=1e-4, rtol=1e-4)
+        # Nothing but the component moves.
+        moved = once - x
+        torch.testing.assert_close(moved - (moved @ unit)[..., None] * unit, torch.zeros_like(x), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("spec", [*(kind() for kind in INTERVENTIONS), Steer(scale=-2.0)], ids=lambda spec: spec.label)

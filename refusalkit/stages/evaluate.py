@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from refusalkit import algebra
-from refusalkit.artifacts import Candidates, Choice, Evaluation, Generated, PromptSplits, Result, Separation, WeightEdit
+from refusalkit.artifacts import (
+    Activations,
+    Choice,
+    Evaluation,
+    Generated,
+    PromptSplits,
+    Result,
+    Separation,
+    WeightEdit,
+)
 from refusalkit.builtin.interventions import ablate_everywhere
 from refusalkit.errors import RunError
 from refusalkit.intervals import bootstrap, wilson
@@ -57,15 +66,16 @@ class Outcome:
 
 
 def evaluate(
-    section: EvaluateSection, found: tuple[Candidates, Choice], splits: PromptSplits, bench: Bench
+    section: EvaluateSection, found: tuple[Activations, Choice], splits: PromptSplits, bench: Bench
 ) -> Evaluation:
     """Run every intervention, and its random controls, on both sides' test prompts.
 
     Raises `RunError` when an intervention that should act changes no logit.
     """
-    candidates, choice = found
+    activations, choice = found
+    harmless = activations.harmless_mean[activations.positions.index(choice.position)].float()
     direction = Direction(
-        choice.direction.float(), choice.position, choice.layer, candidates.directions.shape[1], candidates.site
+        choice.direction.float(), choice.position, choice.layer, len(harmless), activations.site, harmless
     )
     needs = {metric.needs for metric in section.metrics}
     baselines = {side: _baseline(section, splits.of(side, "test"), needs, bench) for side in SIDES}
@@ -116,7 +126,7 @@ def _random_like(direction: Direction, seed: int) -> Direction:
     vector = direction.vector
     draw = torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed))
     scaled = algebra.unit(draw) * vector.norm(dim=-1, keepdim=True)
-    return Direction(scaled, direction.position, direction.layer, direction.n_layers, direction.site)
+    return replace(direction, vector=scaled)
 
 
 def _baseline(section: EvaluateSection, prompts: tuple[str, ...], needs: set[Need], bench: Bench) -> Baseline:
