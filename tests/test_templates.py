@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from refusalkit.artifacts import Candidates, Choice, PromptSplits
+from refusalkit.artifacts import Activations, Choice, PromptSplits
 from refusalkit.checkpoint import open_checkpoint
 from refusalkit.engine.load import load
 from refusalkit.errors import RunError
@@ -151,11 +151,11 @@ def test_thoughts_that_are_longer_than_completions_are_an_error(finished_run: Pa
     store = Store(finished_run)
     checkpoint = open_checkpoint(ModelSection(id="tiny:llama"), registry)
     template = ChatTemplate(checkpoint.tokenizer, thinking=Thinking(on=True, header="never written"))
-    splits, candidates, choice = store.load(PromptSplits), store.load(Candidates), store.load(Choice)
+    splits, activations, choice = store.load(PromptSplits), store.load(Activations), store.load(Choice)
     assert splits is not None
-    assert candidates is not None
+    assert activations is not None
     assert choice is not None
     sources = {"harmful": "tiny:harmful", "harmless": "tiny:harmless"}
     recipe = recipe_type(registry).model_validate({"name": "x", "model": {"id": "tiny:llama"}, "prompts": sources})
     with pytest.raises(RunError, match="no completion comes to an answer"):
-        evaluate(recipe.evaluate, (candidates, choice), splits, Bench(load(checkpoint), template, Silent()))
+        evaluate(recipe.evaluate, (activations, choice), splits, Bench(load(checkpoint), template, Silent()))
