@@ -108,6 +108,7 @@ def _read(kind: Any, what: str, source: str, section: ModelSection, **options: A
         return kind.from_pretrained(
             source, revision=section.revision, trust_remote_code=section.trust_remote_code, **options
         )
+    # tokenizers raises a bare Exception for a tokenizer.json it cannot read, so nothing narrower catches it.
     except Exception as error:  # noqa: BLE001
         lines = str(error).strip().splitlines()
         said = lines[0].strip() if isinstance(error, OSError | ValueError) and lines else repr(error)

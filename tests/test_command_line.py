@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,15 +21,14 @@ from tests.conftest import SMALL, Command, one_hint
 HEAVY = ("torch", "transformers", "nnsight", "numpy", "altair")
 
 
-def test_help_takes_less_than_half_a_second_of_processor_time() -> None:
-    def used() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
+def test_help_starts_in_half_a_second() -> None:
+    def seconds() -> float:
+        since = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "refusalkit", "--help"], check=True, capture_output=True)
+        return time.perf_counter() - since
 
-    # Not the time on the wall, which measures what else runs on this machine.
-    before = used()
-    subprocess.run([sys.executable, "-m", "refusalkit", "--help"], check=True, capture_output=True)
-    assert used() - before < 0.5
+    # The fastest of several: what else runs on this machine only ever adds.
+    assert min(seconds() for _ in range(5)) < 0.5
 
 
 @pytest.mark.parametrize("line", [["--help"], ["run", "--help"], ["schema"], ["plugins"], ["validate", "small.yaml"]])

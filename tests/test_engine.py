@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from refusalkit.registry import load_registry
 from refusalkit.selector import Measure
 from refusalkit.testing import random_engine
 from refusalkit.testing.models import random_prompts
+from tests.benchmarks.plain import Plain, hooked
 
 FAMILIES = [
     pytest.param(LLAMA, "LlamaForCausalLM", id="llama"),
@@ -49,27 +50,9 @@ def _steer(engine: Engine, seed: int = 0, layer: int = 2) -> Intervention:
     return Intervention((Edit("resid_pre", layer, add=_direction(engine, seed, layer).vector),))
 
 
-@contextmanager
-def _hooks(engine: Engine, removed: Tensor) -> Iterator[None]:
-    """Ablate with plain forward hooks, written here without the engine's help."""
-    unit = removed / removed.norm()
-
-    def strip(x: Tensor) -> Tensor:
-        return x - (x @ unit)[..., None] * unit
-
-    def on_output(module: Any, inputs: Any, output: Any) -> Any:
-        return (strip(output[0]), *output[1:]) if isinstance(output, tuple) else strip(output)
-
-    handles = []
-    for block, writes in zip(engine.module.model.layers, engine.layout.writes, strict=True):
-        handles.append(block.register_forward_pre_hook(lambda _, args: (strip(args[0]), *args[1:])))
-        for write in writes:
-            handles.append(block.get_submodule(write.output).register_forward_hook(on_output))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _hooks(engine: Engine, removed: Tensor) -> AbstractContextManager[None]:
+    """Ablate with plain forward hooks, written without the engine's help."""
+    return hooked(Plain(engine.module, engine.adapter, pad_id=0).ablation(removed))
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from refusalkit import algebra
-from refusalkit.adapter import Write
-from refusalkit.builtin.adapters import ADAPTERS, GEMMA2, LLAMA, QWEN3_5
+from refusalkit.adapter import Adapter, Write
+from refusalkit.builtin.adapters import ADAPTERS, GEMMA2, GEMMA4, GPT_NEOX, LLAMA, QWEN3_5
 from refusalkit.builtin.estimators import ESTIMATORS, Pca, Shuffled, Som
 from refusalkit.builtin.interventions import INTERVENTIONS, Affine, Clamp, MeanAblate, Steer
 from refusalkit.builtin.metrics import METRICS
@@ -41,23 +41,24 @@ from refusalkit.testing.architectures import ARCHITECTURES, COMMON
 #: Their attention is computed eagerly, which in float64 gives a padded row no number.
 FLOAT32 = ("Gemma2ForCausalLM",)
 #: What transformers loads in place of a multimodal checkpoint is a case of its own.
-SHAPED = {
-    architecture: adapter
+SHAPED = [
+    (adapter, architecture)
     for adapter in ADAPTERS
     for architecture in adapter.architectures
     if architecture in ARCHITECTURES
-}
-VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("GPTNeoXForCausalLM", {"use_parallel_residual": False}),
-    ("GPTNeoXForCausalLM", {"attention_bias": False}),
-    ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+]
+VARIANTS: tuple[tuple[Adapter, str, dict[str, Any]], ...] = (
+    (GPT_NEOX, "GPTNeoXForCausalLM", {"use_parallel_residual": False}),
+    (GPT_NEOX, "GPTNeoXForCausalLM", {"attention_bias": False}),
+    (LLAMA, "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     (
+        GEMMA4,
         "Gemma4ForCausalLM",
         {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     ),
 )
 CASES = [
-    *[(architecture, {"tied": tied}) for architecture in SHAPED for tied in (False, True)],
+    *[(adapter, architecture, {"tied": tied}) for adapter, architecture in SHAPED for tied in (False, True)],
     *VARIANTS,
 ]
 
@@ -68,19 +69,22 @@ def _assert_hold(laws: tuple[Law, ...]) -> None:
 
 
 def _name(value: object) -> str:
+    if isinstance(value, Adapter):
+        return value.name
     return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
 
-@pytest.mark.parametrize(("architecture", "options"), CASES, ids=_name)
+@pytest.mark.parametrize(("adapter", "architecture", "options"), CASES, ids=_name)
 def test_adapter_names_every_write_and_tells_the_truth_about_weights(
-    architecture: str, options: dict[str, Any]
+    adapter: Adapter, architecture: str, options: dict[str, Any]
 ) -> None:
     dtype = torch.float32 if architecture in FLOAT32 else torch.float64
-    _assert_hold(check_adapter(SHAPED[architecture], random_model(architecture, dtype=dtype, **options)))
+    _assert_hold(check_adapter(adapter, random_model(architecture, dtype=dtype, **options)))
 
 
 def test_every_adapter_is_checked_or_refuses() -> None:
-    unchecked = {name for adapter in ADAPTERS if not adapter.refuses for name in adapter.architectures} - {*SHAPED}
+    known = {name for adapter in ADAPTERS if not adapter.refuses for name in adapter.architectures}
+    unchecked = known - {name for _, name in SHAPED}
     assert unchecked == {"Qwen3_5ForConditionalGeneration"}
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,27 +23,10 @@ from refusalkit.report.estimates import estimated_scores
 from refusalkit.selector import Measure
 from refusalkit.store import Store
 from refusalkit.testing import random_engine
+from tests.benchmarks.plain import Hook, hooked
 
 OPENERS = Measure("refusal_score", token_ids=(5, 9))
 STEP = 5e-4
-
-
-@contextmanager
-def hooked(modules: list[Any], change: Callable[[Tensor], Tensor], inputs: bool = False) -> Iterator[None]:
-    """Change what modules return, or take, with plain hooks."""
-
-    def after(module: Any, args: Any, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    def before(module: Any, args: Any) -> Any:
-        return (change(args[0]), *args[1:])
-
-    handles = [m.register_forward_pre_hook(before) if inputs else m.register_forward_hook(after) for m in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def engine_in_double(architecture: str) -> Engine:
@@ -58,10 +40,13 @@ def last_logits(engine: Engine, prompts: list[tuple[int, ...]]) -> Tensor:
         return torch.stack([engine.module(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])
 
 
-def writers(engine: Engine) -> list[Any]:
-    model = engine.module.model
-    places = zip(model.layers, engine.layout.writes, strict=True)
-    return [model.embed_tokens, *(block.get_submodule(write.output) for block, writes in places for write in writes)]
+def at_writers(engine: Engine, change: Callable[[Tensor], Tensor]) -> list[Hook]:
+    outputs = [
+        f"{engine.layout.block(layer)}.{write.output}"
+        for layer, writes in enumerate(engine.layout.writes)
+        for write in writes
+    ]
+    return [(engine.module.get_submodule(path), False, change) for path in (engine.adapter.embedding, *outputs)]
 
 
 # Of one length: padding turns eager attention in float64 into not-a-number.
@@ -79,7 +64,7 @@ def test_adding_a_little_of_a_vector_changes_the_score_as_the_gradient_says(arch
         scores = []
         for sign in (1, -1):
             shift = sign * STEP * vector
-            with hooked([engine.module.model.layers[layer]], lambda x, shift=shift: x + shift, inputs=True):
+            with hooked([(engine.module.model.layers[layer], True, lambda x, shift=shift: x + shift)]):
                 scores.append(algebra.refusal_score(last_logits(engine, PROMPTS), torch.tensor([5, 9])).mean())
         slope = (scores[0] - scores[1]) / (2 * STEP)
         assert torch.isclose(found.gradient[layer] @ vector, slope, **NEAR)
@@ -92,7 +77,7 @@ def test_removing_a_little_from_every_write_changes_the_score_as_the_estimate_sa
     (found,) = engine.attribute(PROMPTS, basis[None], "resid_pre", [OPENERS])
     scores = []
     for step in (STEP, -STEP):
-        with hooked(writers(engine), lambda x, step=step: x - step * (x @ basis.T) @ basis):
+        with hooked(at_writers(engine, lambda x, step=step: x - step * (x @ basis.T) @ basis)):
             scores.append(algebra.refusal_score(last_logits(engine, PROMPTS), torch.tensor([5, 9])))
     slope = (scores[0] - scores[1]) / (2 * STEP)
     assert torch.allclose(found.removal[0] - found.value, slope, **NEAR)
@@ -104,7 +89,7 @@ def test_the_estimated_kl_is_that_of_a_small_removal_scaled_up() -> None:
     many = PROMPTS[:1] * 400
     (found,) = engine.attribute(many, basis[None], "resid_pre", [Measure("kl_nats")])
     clean = last_logits(engine, many[:1]).log_softmax(-1)
-    with hooked(writers(engine), lambda x: x - STEP * (x @ basis.T) @ basis):
+    with hooked(at_writers(engine, lambda x: x - STEP * (x @ basis.T) @ basis)):
         changed = last_logits(engine, many[:1]).log_softmax(-1)
     exact = (clean.exp() * (clean - changed)).sum() / STEP**2
     assert torch.isclose(found.removal.mean(), exact, rtol=0.1)

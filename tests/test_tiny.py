@@ -73,9 +73,9 @@ def test_requests_are_disjoint_and_the_same_every_time() -> None:
 
 def test_training_learns_and_repeats_itself(tmp_path: Path) -> None:
     losses: list[float] = []
-    train("llama", tmp_path / "a", steps=12, progress=lambda step, steps, loss: losses.append(loss))
-    train("llama", tmp_path / "b", steps=12)
-    assert losses[-1] < losses[0] - 0.3
+    train("llama", tmp_path / "a", steps=20, progress=lambda step, steps, loss: losses.append(loss))
+    train("llama", tmp_path / "b", steps=20)
+    assert losses[-1] < losses[0] - 0.5
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 

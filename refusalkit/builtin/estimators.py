@@ -36,9 +36,7 @@ class PerPlace(Strategy):
         found = []
         for row in range(difference.shape[0]):
             for layer in range(difference.shape[1]):
-                sides = (
-                    side.samples[:, row, layer].double() for side in (harmful, harmless) if side.samples is not None
-                )
+                sides = (samples[:, row, layer].double() for samples in (harmful.samples, harmless.samples))
                 place = difference[row, layer]
                 found.append(_alike(self.fit(*sides), place) if place.any() else None)
         shape = next((one.shape for one in found if one is not None), difference.shape[2:])

@@ -32,9 +32,7 @@ from rich.table import Table
 from refusalkit.artifacts import Candidates, Choice
 from refusalkit.pipeline import execute
 
-from .case import Case, prepare
-
-Scores = dict[tuple[int, int], tuple[float, float, float]]
+from .case import Case, Place, Scores, prepare
 
 
 @dataclass
@@ -64,7 +62,7 @@ class Found:
     candidates: Candidates
     choice: Choice
     screened: Choice
-    plain: Scores
+    plain: dict[Place, Scores]
 
     @property
     def largest_difference(self) -> float:
@@ -83,7 +81,7 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def _round(case: Case, clock: Clock, places: list[tuple[int, int]], new_tokens: int) -> Found:
+def _round(case: Case, clock: Clock, places: list[Place], new_tokens: int) -> Found:
     """Measure everything once, ours and theirs in turn."""
     plain, engine = case.plain, case.bench.engine
     train = [*case.tokens("harmful", "train"), *case.tokens("harmless", "train")]
@@ -92,7 +90,8 @@ def _round(case: Case, clock: Clock, places: list[tuple[int, int]], new_tokens: 
     clock.time("capture plain", lambda: plain.means(train, case.splits.positions))
     clock.time("capture floor", lambda: plain.logits(train))
     choice = clock.time("select ours", lambda: case.choice(candidates))
-    scores = clock.time("share plain", lambda: {place: case.sweep(candidates, place) for place in places})
+    clean = clock.time("reference plain", case.reference)
+    scores = clock.time("share plain", lambda: case.sweeps(candidates, places, clean))
     screened = clock.time("select screened", lambda: case.choice(candidates, screen="gradient"))
     ablation, hooks = case.ablation(choice), plain.ablation(choice.direction)
     engine.shares_prefix = False
@@ -137,7 +136,7 @@ def _only(case: Case, hook: Callable[..., None]) -> Callable[..., None]:
     return lambda module, *rest: hook(module, *rest) if type(module) is kind else None
 
 
-def _places(candidates: Candidates, share: float) -> list[tuple[int, int]]:
+def _places(candidates: Candidates, share: float) -> list[Place]:
     rows, layers = candidates.directions.shape[:2]
     everything = [(row, layer) for row in range(rows) for layer in range(layers)]
     return everything[:: max(1, round(1 / share))]
@@ -167,7 +166,8 @@ def main(
 
 
 def _figures(case: Case, clock: Clock, found: Found) -> dict[str, Any]:
-    sweeps = clock["share plain"] * found.candidates.directions.shape[:2].numel() / len(found.plain)
+    n_candidates = found.candidates.directions.shape[:2].numel()
+    sweeps = clock["reference plain"] + clock["share plain"] * n_candidates / len(found.plain)
     whole, ours = clock["capture plain"] + sweeps, clock["capture ours"] + clock["select ours"]
     fast = clock["capture ours"] + clock["select screened"]
     cuda = torch.cuda.is_available()
@@ -176,7 +176,7 @@ def _figures(case: Case, clock: Clock, found: Found) -> dict[str, Any]:
         "model": case.plan.recipe.model.id,
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, nnsight)},
-        "candidates": found.candidates.directions.shape[:2].numel(),
+        "candidates": n_candidates,
         "plain_candidates_timed": len(found.plain),
         "largest_score_difference_nats": found.largest_difference,
         "same_choice_when_screened": _place(found.choice) == _place(found.screened),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from refusalkit import algebra
-from refusalkit.artifacts import Candidates, Choice, PromptSplits
+from refusalkit.artifacts import Candidates, Choice, PromptSplits, Split
 from refusalkit.builtin.interventions import ablate_everywhere
 from refusalkit.builtin.selectors import Causal
 from refusalkit.engine.load import load
@@ -21,9 +23,12 @@ from refusalkit.recipe_file import load_recipe
 from refusalkit.registry import load_registry
 from refusalkit.stages import capture, find, prompts, select
 from refusalkit.stages.bench import Bench
-from refusalkit.tiny.grammar import Split
 
 from .plain import Plain, Tokens
+
+Place = tuple[int, int]
+#: Refusal score ablated, induced score, KL on harmless prompts, all in nats.
+Scores = tuple[float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,15 +55,23 @@ class Case:
         selector = Causal.model_validate({**self.plan.recipe.select.model_dump(), **changes})
         return select.select(selector, candidates, self.splits, self.bench)
 
-    def sweep(self, candidates: Candidates, place: tuple[int, int]) -> tuple[float, float, float]:
-        """Score one candidate with plain hooks: refusal score ablated, induced score, KL on harmless prompts."""
-        direction, openers = candidates.directions[place], torch.tensor(self.splits.openers.token_ids)
+    def reference(self) -> Tensor:
+        """Return the unmodified model's logits on harmless prompts, which the sweep for the KL needs once."""
+        return self.plain.logits(self.tokens("harmless", "validation"))
+
+    def sweeps(self, candidates: Candidates, places: Sequence[Place], clean: Tensor) -> dict[Place, Scores]:
+        """Score candidates with plain hooks, three passes each: refusal score ablated, induced score, KL."""
+        openers = torch.tensor(self.splits.openers.token_ids)
         harmful, harmless = self.tokens("harmful", "validation"), self.tokens("harmless", "validation")
-        ablated, added = self.plain.ablation(direction), self.plain.addition(direction, place[1])
-        bypass = algebra.refusal_score(self.plain.logits(harmful, ablated), openers)
-        induced = algebra.refusal_score(self.plain.logits(harmless, added), openers)
-        kl = algebra.kl_nats(self.plain.logits(harmless), self.plain.logits(harmless, ablated))
-        return bypass.mean().item(), induced.mean().item(), kl.mean().item()
+        found = {}
+        for place in places:
+            direction = candidates.directions[place]
+            ablated, added = self.plain.ablation(direction), self.plain.addition(direction, place[1])
+            bypass = algebra.refusal_score(self.plain.logits(harmful, ablated), openers)
+            induced = algebra.refusal_score(self.plain.logits(harmless, added), openers)
+            kl = algebra.kl_nats(clean, self.plain.logits(harmless, ablated))
+            found[place] = (bypass.mean().item(), induced.mean().item(), kl.mean().item())
+        return found
 
     def ablation(self, choice: Choice) -> Intervention:
         """Return the ablation of a chosen direction, for our engine."""
@@ -72,6 +85,5 @@ def prepare(path: Path) -> Case:
     plan = make_plan(load_recipe(path, registry), path.parent, registry)
     bench = Bench(load(plan.checkpoint), plan.template, Silent())
     splits = prompts.settle(plan.prompts, bench)
-    tokenizer = bench.engine.model.tokenizer
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad_id = plan.checkpoint.tokenizer.pad_token_id
     return Case(plan, bench, splits, Plain(bench.engine.module, bench.engine.adapter, pad_id))

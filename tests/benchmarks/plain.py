@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.engine.layout import layout_of
 
@@ -87,7 +86,7 @@ class Plain:
 
     def ablation(self, direction: Tensor) -> list[Hook]:
         """Return the hooks that remove `direction` [d_model] at every input, attention output and MLP output."""
-        unit = algebra.unit(direction.float()).to(self.module.device)
+        unit = (direction / direction.norm()).to(self.module.device, self.module.dtype)
 
         def change(x: Tensor) -> Tensor:
             return x - (x @ unit)[..., None] * unit
