@@ -70,7 +70,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
     pools, dropped = read_pools(recipe.prompts, folder, registry)
     checkpoint = open_checkpoint(recipe.model, registry)
     _check_quantized(recipe)
-    template = _template(recipe, checkpoint)
+    template = chat_template(recipe, checkpoint)
     wanted = recipe.capture.positions
     if recipe.select.openers != "auto":
         _check_openers(recipe.select.openers, template)
@@ -86,7 +86,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
     return Plan(recipe, registry, checkpoint, template, request, _keys(recipe, registry, checkpoint, template, request))
 
 
-def _template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
+def chat_template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
     """Resolve how prompts are rendered, with the thinking mode off unless the recipe switches it on."""
     template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, instead=recipe.prompts.chat_template)
     options: dict[str, Any] = dict(recipe.prompts.template_options)
