@@ -23,7 +23,7 @@ SITES: tuple[Site, ...] = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """Change the hidden state at one site of one layer, at every position and decode step."""
+    """Change the hidden state at one site of one layer: `h - P h + |P h| turn + add`, P the projection on `remove`."""
 
     site: Site
     layer: int
@@ -31,6 +31,28 @@ class Edit:
     """Orthonormal rows [rank, d_model] to project out."""
     add: Tensor | None = None
     """Vector [d_model] to add after the removal."""
+    turn: Tensor | None = None
+    """Vector [d_model] to add as often as what was removed is long."""
+    along: Tensor | None = None
+    """Vector [d_model]; tokens whose component along it is not positive stay as they are."""
+    tokens: tuple[int | None, int | None] = (None, None)
+    """The first and the last token that is changed, counted from the prompt's last, which is 0: 1 is the first token
+    that is generated. None is open."""
+    gated: bool = False
+    """Whether only prompts are changed that the intervention's gate lets through."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """Decide for each prompt, as it is read, whether the gated edits apply; the decision holds for its completion."""
+
+    site: Site
+    layer: int
+    position: int
+    """Negative, counted from the end of the prompt."""
+    vector: Tensor
+    """[d_model]: the gate opens when the component along it is at least `threshold`."""
+    threshold: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +60,17 @@ class Intervention:
     """Hold everything an engine does differently: edits of activations, or a subspace removed from the weights."""
 
     edits: tuple[Edit, ...] = ()
+    """In forward order of their places; at one place in the order given."""
     weights: Tensor | None = None
     """Orthonormal rows [rank, d_model] to remove from every weight that writes the residual stream."""
+    gate: Gate | None = None
+    """Read before the edits of its place."""
 
     @property
     def first_layer(self) -> int | None:
         """The lowest layer that is touched, or None when nothing is; layers below it run as in the plain model."""
-        return min((edit.layer for edit in self.edits), default=None)
+        gates = [] if self.gate is None else [self.gate.layer]
+        return min([*gates, *(edit.layer for edit in self.edits)], default=None)
 
 
 #: The unmodified model.

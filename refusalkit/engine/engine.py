@@ -24,7 +24,7 @@ from refusalkit.adapter import Adapter
 from refusalkit.engine import attribution, blocks, weights
 from refusalkit.engine.batch import Batch, Tokens, batch, chunks, shared_prefix
 from refusalkit.engine.layout import layout_of
-from refusalkit.engine.lower import Pack, lower, packs
+from refusalkit.engine.lower import Pack, counted_from, lower, packs
 from refusalkit.engine.memory import out_of_memory
 from refusalkit.errors import RunError
 from refusalkit.intervention import NOTHING, Intervention, Site
@@ -130,7 +130,7 @@ class Engine:
         """Return the last-position logits [prompt, d_vocab], on the CPU, in float32 or wider."""
         found: dict[int, Tensor] = {}
         pack = Pack((0,), (intervention or NOTHING,))
-        prefix = self._prefix(prompts, keep=1)
+        prefix = self._prefix(prompts, keep=1, interventions=pack.interventions)
 
         def run(group: Batch, options: dict[str, Any]) -> None:
             rows = algebra.widen(self._packed_logits(group, pack, prefix, None)).cpu()
@@ -152,7 +152,7 @@ class Engine:
         """
         values = torch.full((len(interventions), len(prompts)), math.nan, dtype=torch.float64)
         alive = list(range(len(interventions)))
-        prefix = self._prefix(prompts, keep=1)
+        prefix = self._prefix(prompts, keep=1, interventions=interventions)
         done, total = 0, len(interventions) * len(prompts)
 
         def run(group: Batch, options: dict[str, Any]) -> None:
@@ -233,7 +233,8 @@ class Engine:
         if not any(intervention.edits for intervention in pack.interventions) and clean is not None:
             return copy.deepcopy(clean.prefix_cache)
         cache = self._empty_cache()
-        program = lower(pack.interventions, self.layout, 1, self.device)
+        # The prompt's last token is not in the front, so nothing that starts there reaches it.
+        program = counted_from(lower(pack.interventions, self.layout, 1, self.device), -1)
         skipped = [self.layout.block(layer) for layer in range(start)]
         resid = None
         if start and clean is not None:
@@ -319,7 +320,9 @@ class Engine:
             columns = torch.arange(width, 0, -1)
             mask = columns[None] <= counts[list(group.indices), None]
             targets = (group.input_ids[:, -width:], mask)
+            written = counts[list(group.indices), None].to(self.device)
             program = lower([intervention or NOTHING], self.layout, len(group.indices), self.device)
+            program = counted_from(program, written)
             options = {"logits_to_keep": width, "use_cache": False}
             rows = blocks.completion_losses(self.model, group.repeated(1), program, targets, options)
             losses[list(group.indices)] = rows.cpu()
@@ -335,7 +338,10 @@ class Engine:
 
     # -- batching ----------------------------------------------------------------------------------------------
 
-    def _prefix(self, prompts: Sequence[Tokens], keep: int) -> Tokens:
+    def _prefix(self, prompts: Sequence[Tokens], keep: int, interventions: Sequence[Intervention] = ()) -> Tokens:
+        # What a gate decides at the end of a prompt changes its front.
+        if any(intervention.gate is not None for intervention in interventions):
+            return ()
         if not self.shares_prefix or not self._cache_can_be_shared(max(len(prompt) for prompt in prompts)):
             return ()
         return shared_prefix(prompts, keep)
