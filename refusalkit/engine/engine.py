@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from refusalkit.engine.batch import Batch, Tokens, batch, chunks, shared_prefix
 from refusalkit.engine.layout import layout_of
 from refusalkit.engine.lower import Pack, counted_from, lower, packs
 from refusalkit.engine.memory import out_of_memory
+from refusalkit.engine.request import Request, answer
 from refusalkit.errors import RunError
 from refusalkit.intervention import NOTHING, Intervention, Site
 from refusalkit.selector import Advance, Attribution, Measure
@@ -79,6 +80,10 @@ class Engine:
     def device(self) -> torch.device:
         """Where the inputs go."""
         return next(self.module.parameters()).device  # type: ignore[no-any-return]
+
+    def run(self, requests: Sequence[Request], advance: Advance | None = None) -> list[Any]:
+        """Answer requests in their order (see `refusalkit.engine.request`)."""
+        return [answer(self, request, advance) for request in requests]
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -151,6 +156,8 @@ class Engine:
 
         Not-a-number stands for the prompts after which an intervention was given up (`Measure.stop_above`).
         """
+        if measure.kind == "kl_nats" and measure.reference is None:
+            measure = replace(measure, reference=self.logits(prompts))
         values = torch.full((len(interventions), len(prompts)), math.nan, dtype=torch.float64)
         limit = math.inf if measure.stop_above is None else measure.stop_above * len(prompts)
         prefix = self._prefix(prompts, keep=1, interventions=interventions)
