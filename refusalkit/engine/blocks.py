@@ -6,7 +6,9 @@ of the model and plain values, calls `algebra` alone, touches modules in forward
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import nnsight
@@ -132,7 +134,7 @@ def completion_losses(
 def generate(model: Any, inputs: Inputs, program: Program, options: Mapping[str, Any]) -> Tensor:
     """Return greedy completions with their prompts [row, position] under `program` at every step."""
     prompts = len(inputs["input_ids"])
-    with torch.no_grad(), model.generate(**options) as tracer:
+    with _one_step_too_many(), torch.no_grad(), model.generate(**options) as tracer:
         with tracer.invoke(inputs):
             decided: list[Tensor] = []
             for step in tracer.iter[:]:
@@ -147,3 +149,13 @@ def generate_plainly(model: Any, inputs: Inputs, options: Mapping[str, Any]) -> 
     with torch.no_grad(), model.generate(inputs, **options) as tracer:
         tokens = nnsight.save(tracer.result)
     return tokens  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _one_step_too_many() -> Iterator[None]:
+    """Silence nnsight's word that an open loop over decode steps asked for one more than there were."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*was never reached: the loop asked for a step", category=UserWarning
+        )
+        yield

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -339,8 +338,7 @@ class Engine:
                 ids = blocks.generate_plainly(self.model, inputs, options)
             else:
                 program = lower([intervention], self.layout, len(group.indices), self.device)
-                with _one_step_too_many():
-                    ids = blocks.generate(self.model, inputs, program, options)
+                ids = blocks.generate(self.model, inputs, program, options)
             for index, row in zip(group.indices, ids[:, group.input_ids.shape[1] :].tolist(), strict=True):
                 ends = [place for place, token in enumerate(row) if token in stops]
                 found[index] = tuple(row[: ends[0]] if ends else row)
@@ -495,13 +493,3 @@ def _check_lengths(prompts: Sequence[Tokens], positions: Sequence[int]) -> None:
             where="capture.positions",
             hint="capture positions nearer to the end",
         )
-
-
-@contextmanager
-def _one_step_too_many() -> Iterator[None]:
-    """Silence nnsight's word that an open loop over decode steps asked for one more than there were."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*was never reached: the loop asked for a step", category=UserWarning
-        )
-        yield
