@@ -179,10 +179,15 @@ def completion_loss(logits: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
     return -(picked * mask[:, 1:].to(logits.device)).sum(-1)
 
 
-def orthogonalize(weight: Tensor, basis: Tensor, axis: int) -> Tensor:
+def orthogonalize(weight: Tensor, basis: Tensor, axis: int, keep_norms: bool = False) -> Tensor:
     """Remove `basis` [rank, d_model] from what `weight` writes along `axis`, the one of length d_model.
 
-    Computed in float32 or wider and returned in the dtype of `weight` (Arditi et al. 2024, section 4.1).
+    With `keep_norms` every vector along that axis gets its length back, unless nothing of it is left. Computed in
+    float32 or wider and returned in the dtype of `weight` (Arditi et al. 2024, section 4.1).
     """
-    moved = weight.movedim(axis, -1)
-    return edit(moved, basis, None).movedim(-1, axis).contiguous()
+    moved = widen(weight.movedim(axis, -1))
+    projected = edit(moved, basis)
+    if keep_norms:
+        # Lengthening a short rest would also lengthen what rounding has left along the basis.
+        projected = edit(unit(projected), basis) * torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
+    return projected.to(weight.dtype).movedim(-1, axis).contiguous()

@@ -367,9 +367,9 @@ class Engine:
         return losses, counts
 
     @contextmanager
-    def edited_weights(self, basis: Tensor) -> Iterator[weights.Edited]:
+    def edited_weights(self, basis: Tensor, keep_norms: bool = False) -> Iterator[weights.Edited]:
         """Remove `basis` [rank, d_model] from every weight that writes the residual stream, and put it back after."""
-        with weights.edited(self.module, self.adapter, basis) as edited:
+        with weights.edited(self.module, self.adapter, basis, keep_norms) as edited:
             yield edited
 
     # -- batching ----------------------------------------------------------------------------------------------
