@@ -86,7 +86,7 @@ def _passes(plan: Plan) -> list[str]:
 
 def _done(plan: Plan, out: Path) -> list[tuple[str, str]]:
     store = Store(out)
-    done = [stage for stage in STAGES if store.key(stage) == plan.keys[stage]]
+    done = [stage for stage in STAGES if store.key(stage) in plan.accepts(stage)]
     waiting = [stage for stage in STAGES if stage not in done]
     return [("done", ", ".join(done) or "nothing yet"), ("to do", ", ".join([*waiting, "report"]))]
 

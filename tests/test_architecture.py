@@ -27,7 +27,7 @@ LAYERS = (
     ("recipe", "recipe_faults", "recipe_file"),
     ("checkpoint",),
     ("engine",),
-    ("stages", "testing"),
+    ("stages", "testing", "sharing"),
     ("plan",),
     ("run_directory", "report"),
     ("plan_text", "adapter_check", "bake", "pipeline"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,6 +14,7 @@ from refusalkit import algebra
 from refusalkit.artifacts import (
     Activations,
     Choice,
+    Completions,
     Evaluation,
     Generated,
     PromptSplits,
@@ -25,7 +26,7 @@ from refusalkit.builtin.interventions import ablate_everywhere
 from refusalkit.errors import RunError
 from refusalkit.intervals import bootstrap, wilson
 from refusalkit.intervention import NOTHING, Direction, Intervention, InterventionSpec
-from refusalkit.metric import Evidence, Metric, Need, Side
+from refusalkit.metric import Evidence, Metric, Side
 from refusalkit.recipe import EvaluateSection
 from refusalkit.stages.bench import Bench
 
@@ -65,11 +66,47 @@ class Outcome:
     logits: dict[Side, Tensor]
 
 
+def needs_completions(section: EvaluateSection) -> bool:
+    """Whether a metric asks what the unmodified model answers."""
+    return any(metric.needs in ("completions", "losses") for metric in section.metrics)
+
+
+def complete(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> Completions:
+    """Let the unmodified model answer both sides' test prompts.
+
+    Raises `RunError` where no completion comes to an answer.
+    """
+    token_ids = {
+        side: tuple(
+            bench.engine.generate(
+                bench.openings(splits.of(side, "test")),
+                None,
+                section.max_new_tokens,
+                bench.advance(f"completions of the unmodified model to {side} prompts"),
+            )
+        )
+        for side in SIDES
+    }
+    for completions in token_ids.values():
+        if all(bench.template.answer(ids) is None for ids in completions):
+            raise RunError(
+                f"no completion comes to an answer: every thought is longer than {section.max_new_tokens} tokens",
+                where="evaluate.max_new_tokens",
+                hint="raise it, or leave `prompts.thinking` out",
+            )
+    return Completions(token_ids=token_ids)
+
+
 def evaluate(
-    section: EvaluateSection, found: tuple[Activations, Choice], splits: PromptSplits, bench: Bench
+    section: EvaluateSection,
+    found: tuple[Activations, Choice],
+    splits: PromptSplits,
+    said: Completions | None,
+    bench: Bench,
 ) -> Evaluation:
     """Run every intervention, and its random controls, on both sides' test prompts.
 
+    `said` holds the unmodified model's completions where a metric needs them.
     Raises `RunError` when an intervention that should act changes no logit.
     """
     activations, choice = found
@@ -77,8 +114,9 @@ def evaluate(
     direction = Direction(
         choice.direction.float(), choice.position, choice.layer, len(harmless), activations.site, harmless
     )
-    needs = {metric.needs for metric in section.metrics}
-    baselines = {side: _baseline(section, splits.of(side, "test"), needs, bench) for side in SIDES}
+    baselines = {
+        side: _baseline(splits.of(side, "test"), said.token_ids[side] if said else (), bench) for side in SIDES
+    }
     cases = _cases(section, direction)
     outcomes: dict[str, Outcome] = {}
     edits = []
@@ -129,21 +167,9 @@ def _random_like(direction: Direction, seed: int) -> Direction:
     return replace(direction, vector=scaled)
 
 
-def _baseline(section: EvaluateSection, prompts: tuple[str, ...], needs: set[Need], bench: Bench) -> Baseline:
+def _baseline(prompts: tuple[str, ...], completions: tuple[Tokens, ...], bench: Bench) -> Baseline:
     tokens = bench.tokens(prompts)
-    openings = bench.openings(prompts)
-    completions: Sequence[Tokens] = ()
-    if needs & {"completions", "losses"}:
-        completions = bench.engine.generate(
-            openings, None, section.max_new_tokens, bench.advance("completions of the unmodified model")
-        )
-    if completions and all(bench.template.answer(ids) is None for ids in completions):
-        raise RunError(
-            f"no completion comes to an answer: every thought is longer than {section.max_new_tokens} tokens",
-            where="evaluate.max_new_tokens",
-            hint="raise it, or leave `prompts.thinking` out",
-        )
-    return Baseline(prompts, tokens, openings, bench.engine.logits(tokens), tuple(completions))
+    return Baseline(prompts, tokens, bench.openings(prompts), bench.engine.logits(tokens), completions)
 
 
 @contextmanager
@@ -183,9 +209,9 @@ def _run(
             side, base.prompts, splits.openers.token_ids, texts, outcome.logits[side], base.logits, losses, counts
         )
         measured = [(metric, _result(metric, case.label, evidence, section.seed)) for metric in metrics]
-        outcome.results.extend(result for _, (result, _) in measured)
+        outcome.results.extend(result for _, result in measured)
         if texts:
-            verdicts = [values for metric, (_, values) in measured if (metric.kind, metric.needs) == _VERDICT]
+            verdicts = [result.values for metric, result in measured if (metric.kind, metric.needs) == _VERDICT]
             refused = tuple(value == 1 for value in verdicts[0]) if verdicts else None
             outcome.generated.append(Generated(intervention=case.label, prompts=side, texts=texts, refused=refused))
     return outcome
@@ -195,14 +221,14 @@ def _run(
 _VERDICT = ("rate", "completions")
 
 
-def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> tuple[Result, tuple[float, ...]]:
+def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> Result:
     measured = metric.measure(evidence)
     if metric.kind == "rate":
         interval = wilson(measured.values)
     else:
         interval = bootstrap(measured.values, measured.weights, seed=seed)
     kind: Literal["rate", "mean"] = metric.kind
-    result = Result(
+    return Result(
         intervention=label,
         prompts=evidence.side,
         metric=metric.metric,
@@ -212,8 +238,9 @@ def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> tuple[
         n=interval.n,
         unit=metric.unit,
         kind=kind,
+        values=measured.values,
+        weights=measured.weights,
     )
-    return result, measured.values
 
 
 def _check_finite(case: Case, outcome: Outcome) -> None:
