@@ -82,7 +82,7 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
+def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples: bool = False) -> Plan:
     """Resolve a recipe whose relative paths start at `folder`.
 
     Raises `InputError` for a model, adapter, prompt source or option that cannot be used.
@@ -103,7 +103,8 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
         family_openers=checkpoint.adapter.family.openers,
         duplicates_dropped=dropped,
     )
-    return Plan(recipe, registry, checkpoint, template, request, _keys(recipe, registry, checkpoint, template, request))
+    keys = _keys(recipe, registry, checkpoint, template, request)
+    return Plan(recipe, registry, checkpoint, template, request, keys, keeps_samples)
 
 
 def _template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
