@@ -158,16 +158,16 @@ class Choice(Artifact):
         return sum(row.status in ("chosen", "survivor") for row in self.scores)
 
 
-class Completions(Artifact):
-    """Hold what the unmodified model answers to the test prompts, with which every intervention is compared.
+class Unmodified(Artifact):
+    """Hold what the unmodified model writes to the test prompts, with which every intervention is compared.
 
     No stage of its own: it is made during `evaluate`, and kept apart because it does not depend on any direction.
     """
 
     stage = "baseline"
 
-    token_ids: dict[Side, tuple[tuple[int, ...], ...]]
-    """One greedy completion a test prompt, without the end-of-turn token."""
+    completions: dict[Side, tuple[tuple[int, ...], ...]]
+    """Greedy completions as token ids, one a test prompt, of the sides on which a metric looks at them."""
 
 
 class Result(Frozen):

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 import refusalkit
-from refusalkit.artifacts import Activations, Artifact, Candidates, Choice, Completions, Evaluation, PromptSplits
+from refusalkit.artifacts import Activations, Artifact, Candidates, Choice, Evaluation, PromptSplits, Unmodified
 from refusalkit.engine.engine import Engine
 from refusalkit.errors import InputError
 from refusalkit.plan import Plan
@@ -156,10 +156,8 @@ def _run(runner: Runner, until: str) -> None:
 
 def _evaluate(runner: Runner, found: tuple[Activations, Choice], splits: PromptSplits) -> Evaluation:
     section = runner.plan.recipe.evaluate
-    said = None
-    if evaluate.needs_completions(section):
-        said, _ = runner.obtain(Completions, lambda: evaluate.complete(section, splits, runner.bench()))
-    return evaluate.evaluate(section, found, splits, said, runner.bench())
+    unmodified, _ = runner.obtain(Unmodified, lambda: evaluate.complete(section, splits, runner.bench()))
+    return evaluate.evaluate(section, found, splits, unmodified, runner.bench())
 
 
 def check_folder(plan: Plan, out: Path) -> None:
@@ -202,7 +200,7 @@ _DERIVED = {
 def _drop_outdated(runner: Runner) -> None:
     """Remove stages that follow from another recipe, and the files made from them: this run may end before new ones."""
     store = runner.store
-    for stage in (*STAGES, Completions.stage):
+    for stage in (*STAGES, Unmodified.stage):
         if store.key(stage) in runner.plan.accepts(stage):
             continue
         try:

@@ -22,6 +22,7 @@ from refusalkit.metric import Side
 from refusalkit.prompt_split import check_leaks, split_pool, without_duplicates
 from refusalkit.recipe import PromptFiles, PromptsSection, Recipe
 from refusalkit.registry import Registry
+from refusalkit.stages.evaluate import WRITTEN
 from refusalkit.stages.prompts import Request
 from refusalkit.store import STAGES, content_key
 from refusalkit.template import ChatTemplate, Thinking
@@ -268,5 +269,6 @@ def _keys(
     parent = ""
     for stage in STAGES:
         parent = keys[stage] = content_key({"stage": stage, "parent": parent, "own": own[stage]})
-    said = {"max_new_tokens": evaluate.max_new_tokens}
-    return {**keys, "baseline": content_key({"stage": "baseline", "parent": keys["prompts"], "own": said})}
+    sides = {side for metric in evaluate.metrics if metric.needs in WRITTEN for side in metric.sides}
+    written = {"sides": sorted(sides), "max_new_tokens": evaluate.max_new_tokens}
+    return {**keys, "baseline": content_key({"stage": "baseline", "parent": keys["prompts"], "own": written})}

@@ -39,6 +39,14 @@ class Batch:
             "position_ids": self.position_ids.repeat(times, 1),
         }
 
+    def part(self, rows: slice) -> Batch:
+        """Return some of the prompts, without the columns that are padding in all of them."""
+        prefix = self.attention_mask.shape[1] - self.input_ids.shape[1]
+        own = self.attention_mask[rows, prefix:]
+        width = int(own.sum(-1).max())
+        mask = torch.cat([self.attention_mask[rows, :prefix], own[:, -width:]], dim=1)
+        return Batch(self.indices[rows], self.input_ids[rows, -width:], mask, self.position_ids[rows, -width:])
+
 
 def shared_prefix(prompts: Sequence[Tokens], keep: int) -> Tokens:
     """Return the tokens that all prompts begin with, leaving at least `keep` tokens of the shortest."""
