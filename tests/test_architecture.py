@@ -30,8 +30,9 @@ LAYERS = (
     ("stages", "testing", "sharing"),
     ("plan",),
     ("run_directory", "sweep_folder", "report"),
-    ("plan_text", "adapter_check", "bake", "pipeline"),
-    ("batch", "worker", "many", "python", "reproduction"),
+    ("adapter_check", "bake", "pipeline"),
+    ("batch", "worker", "plan_text"),
+    ("many", "python", "reproduction"),
     ("cli",),
     ("__main__", "reference"),
 )
