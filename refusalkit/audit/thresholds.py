@@ -9,9 +9,10 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from refusalkit.recipe import Section
-from refusalkit.recipe_file import checked, read_source
+from refusalkit.recipe_file import Words, checked, read_source
 from refusalkit.registry import Registry
 
+WORDS = Words("thresholds file", "write `min_refusal_rate: 0.8`, or another threshold", "`refusalkit audit` prints one")
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 Nats = Annotated[float, Field(strict=True)]
 
@@ -44,4 +45,4 @@ def default_file() -> Path:
 
 def read_thresholds(path: Path, registry: Registry) -> Thresholds:
     """Read a file of thresholds; raises `InputError` with file, line, key, what was seen and one hint."""
-    return checked(read_source(path, "thresholds file"), Thresholds, registry)
+    return checked(read_source(path, WORDS), Thresholds, registry)

@@ -69,7 +69,8 @@ class Engine:
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
         self.prompt_passes = 0.0
-        """How many forward passes of one prompt through all layers have run; partial passes count in part."""
+        """How many forward passes of one prompt through all layers have run. Partial passes count in part, and the
+        tokens of a completion by their share of the prompt."""
         self.shares_prefix = True
         # transformers 5.24 renames the argument.
         renamed = "cache" in inspect.signature(self.module.forward).parameters
@@ -341,6 +342,8 @@ class Engine:
             else:
                 program = lower([intervention], self.layout, len(group.indices), self.device)
                 ids = blocks.generate(self.model, inputs, program, options)
+            # The last token is not read again.
+            self.prompt_passes += len(group.indices) * (ids.shape[1] - 1) / group.input_ids.shape[1]
             for index, row in zip(group.indices, ids[:, group.input_ids.shape[1] :].tolist(), strict=True):
                 ends = [place for place, token in enumerate(row) if token in stops]
                 found[index] = tuple(row[: ends[0]] if ends else row)
@@ -364,6 +367,7 @@ class Engine:
             program = counted_from(program, counts[rows, None].to(self.device))
             options = {"logits_to_keep": width, "use_cache": False}
             losses[rows] = blocks.completion_losses(self.model, group.repeated(1), program, targets, options).cpu()
+            self.prompt_passes += sum(len(whole[index]) / len(prompts[index]) for index in rows)
 
         self._over(whole, run)
         return losses, counts

@@ -93,7 +93,7 @@ def open_monitor(folder: Path, kind: Kind, fpr: float, reader: Reader) -> Monito
         _check_model(detector.weights, detector.template_hash, reader, folder)
         return Monitor(detector.at(fpr), reader)
     key = content_key({"select": Store(folder).key(Choice.stage), "score": kind, "weights": reader.weights})
-    kept = store.load(KINDS[kind], key)
+    kept = store.load(KINDS[kind], (key,))
     if kept is not None and kept.fpr == fpr:
         return Monitor(kept, reader)
     detector = _fitted(folder, kind, fpr, reader) if kept is None else kept.at(fpr)
