@@ -368,6 +368,7 @@ def bake(
 
 
 app.command()(safety_commands.monitor)
+app.command()(safety_commands.audit)
 
 
 @tiny_app.command("train")

@@ -163,9 +163,7 @@ def _text(path: Path, words: Words) -> str:
         raise InputError(message, where=str(path), hint="name the YAML file in it") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(
-            f"byte {error.start} is not UTF-8", where=f"{path}:{line}", hint="save it as UTF-8"
-        ) from None
+        raise InputError(f"byte {error.start} is not UTF-8", where=f"{path}:{line}", hint="save it as UTF-8") from None
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path), hint="name a YAML file") from None
     except ValueError as error:  # a name with a null character never reaches the file system
