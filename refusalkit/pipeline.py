@@ -18,6 +18,7 @@ import refusalkit
 from refusalkit.artifacts import Activations, Artifact, Candidates, Choice, Evaluation, PromptSplits
 from refusalkit.engine.engine import Engine
 from refusalkit.engine.load import load
+from refusalkit.engine.remote import RemoteEngine, connect
 from refusalkit.errors import InputError
 from refusalkit.plan import Plan
 from refusalkit.progress import Progress, Silent
@@ -42,11 +43,17 @@ class Runner:
     def bench(self) -> Bench:
         """Return the loaded model and its tools."""
         if self._bench is None:
-            self._bench = Bench(load(self.plan.checkpoint), self.plan.template, self.progress)
+            self._bench = Bench(self._load(), self.plan.template, self.progress)
         return self._bench
 
+    def _load(self) -> Engine | RemoteEngine:
+        checkpoint = self.plan.checkpoint
+        if checkpoint.section.where == "local":
+            return load(checkpoint)
+        return connect(checkpoint, self.store.folder / "jobs", self.progress.state)
+
     @property
-    def engine(self) -> Engine | None:
+    def engine(self) -> Engine | RemoteEngine | None:
         """The engine, where a stage has needed one."""
         return self._bench.engine if self._bench is not None else None
 
@@ -179,7 +186,7 @@ def _same_experiment(before: Any, now: dict[str, Any], out: Path) -> None:
 
 
 #: Keys of `model` that do not decide any result.
-_RESULTLESS = ("device", "batch_size")
+_RESULTLESS = ("device", "batch_size", "where", "host")
 
 
 def write_candidates(out: Path, candidates: Candidates, plan: Plan) -> None:

@@ -59,8 +59,10 @@ class ModelSection(Section):
     and edited as ever; the weights can no longer be edited."""
     batch_size: Literal["auto"] | Count = "auto"
     """Prompts a forward pass; `auto` starts at 32 and halves when memory runs out. Results do not depend on it."""
-    where: Literal["local"] = "local"
-    """Where the model runs: `local`, this machine."""
+    where: Literal["local", "ndif"] = "local"
+    """Where the model runs: `local`, this machine; `ndif`, a server that hosts it (docs/how-to/run-on-ndif.md)."""
+    host: str | None = None
+    """The address of the NDIF server; null takes `NDIF_HOST` or the one in nnsight's configuration."""
     trust_remote_code: bool = False
     """Whether code inside the checkpoint may run. Only for checkpoints whose code you have read."""
 

@@ -92,6 +92,16 @@ def read_sums(
     return total  # type: ignore[no-any-return]
 
 
+def states_at(model: Any, inputs: Inputs, outputs: str, takes: str) -> tuple[Tensor, Tensor]:
+    """Return the output of the module at `outputs` and the input of the one at `takes`, which runs after it."""
+    prompts = len(inputs["input_ids"])
+    with torch.no_grad(), model.trace(inputs, use_cache=False) as tracer:
+        given = nnsight.save(algebra.hidden(model.get(outputs).output, prompts))
+        taken = nnsight.save(algebra.hidden(model.get(takes).input, prompts))
+        tracer.stop()
+    return given, taken
+
+
 def gradients(
     model: Any, inputs: Inputs, program: Program, objectives: Sequence[Objective], options: Mapping[str, Any]
 ) -> tuple[list[Tensor], list[tuple[Tensor, list[Tensor]]]]:

@@ -102,7 +102,7 @@ class Engine:
         Under an intervention it is read as it is after the edits of each place. Raises `RunError` for a prompt
         shorter than the deepest position.
         """
-        _check_lengths(prompts, positions)
+        check_lengths(prompts, positions)
         reads: list[tuple[Site, int]] = [(site, layer) for layer in range(self.n_layers)]
         shared = intervention is None
         total: Tensor | None = None
@@ -445,7 +445,8 @@ def _reduce(logits: Tensor, measure: Measure, rows: Sequence[int], times: int) -
     return algebra.kl_nats(measure.reference[list(rows)].repeat(times, 1), logits)
 
 
-def _check_lengths(prompts: Sequence[Tokens], positions: Sequence[int]) -> None:
+def check_lengths(prompts: Sequence[Tokens], positions: Sequence[int]) -> None:
+    """Raise `RunError` for a prompt shorter than the deepest position."""
     deepest = -min(positions)
     shortest = min(len(prompt) for prompt in prompts)
     if deepest > shortest:
