@@ -47,10 +47,12 @@ def read(
 ) -> list[Tensor]:
     """Return the hidden state [row, position, d_model] at every place that `program` keeps, and stop after the last.
 
-    `positions` picks positions; None keeps them all.
+    `positions` picks positions; None keeps them all. With `stop: False` among the options the pass runs to its end:
+    in a server's sandbox, a pass that is stopped puts the next one out of step.
     """
     index = slice(None) if positions is None else list(positions)
     prompts = len(inputs["input_ids"])
+    stops, options = _stops(options)
     with torch.no_grad(), model.trace(inputs, **options) as tracer:
         found = nnsight.save([])
         for path, at_input, remove, add, keep in program:
@@ -64,7 +66,8 @@ def read(
                     module.output = value
             if keep:
                 found.append(algebra.hidden(value, prompts)[:, index])
-        tracer.stop()
+        if stops:
+            tracer.stop()
     return found  # type: ignore[no-any-return]
 
 
@@ -74,6 +77,7 @@ def read_sums(
     """Return the sum over rows of what `program` keeps at `positions`, [position, read, d_model] float64."""
     index = list(positions)
     prompts = len(inputs["input_ids"])
+    stops, options = _stops(options)
     with torch.no_grad(), model.trace(inputs, **options) as tracer:
         rows = []
         for path, at_input, remove, add, keep in program:
@@ -88,17 +92,22 @@ def read_sums(
             if keep:
                 rows.append(algebra.hidden(value, prompts)[:, index].double().sum(0).cpu())
         total = nnsight.save(torch.stack(rows, 1))
-        tracer.stop()
+        if stops:
+            tracer.stop()
     return total  # type: ignore[no-any-return]
+
+
+def _stops(options: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Take the option `stop` from those that the model gets."""
+    return options.get("stop", True), {name: value for name, value in options.items() if name != "stop"}
 
 
 def states_at(model: Any, inputs: Inputs, outputs: str, takes: str) -> tuple[Tensor, Tensor]:
     """Return the output of the module at `outputs` and the input of the one at `takes`, which runs after it."""
     prompts = len(inputs["input_ids"])
-    with torch.no_grad(), model.trace(inputs, use_cache=False) as tracer:
+    with torch.no_grad(), model.trace(inputs, logits_to_keep=1, use_cache=False):
         given = nnsight.save(algebra.hidden(model.get(outputs).output, prompts))
         taken = nnsight.save(algebra.hidden(model.get(takes).input, prompts))
-        tracer.stop()
     return given, taken
 
 

@@ -34,6 +34,7 @@ Part = tuple[Task, tuple[Any, ...], tuple[Any, ...]]
 
 #: One pass over the prompts alone, of which the last position's logits are needed.
 ONCE = {"logits_to_keep": 1, "use_cache": False}
+WHOLE = {**ONCE, "stop": False}
 NO_SKIP: tuple[Sequence[str], None] = ((), None)
 
 
@@ -47,19 +48,19 @@ def submit(model: Any, backend: Any, parts: Sequence[Part]) -> None:
 
 def capture_sums(model: Any, batches: Sequence[Inputs], program: Program, positions: Sequence[int]) -> Tensor:
     """Sum the hidden states that `program` keeps over all prompts: [position, read, d_model] float64."""
-    parts = [read_sums(model, inputs, program, positions, {"use_cache": False}) for inputs in batches]
+    parts = [read_sums(model, inputs, program, positions, WHOLE) for inputs in batches]
     return torch.stack(parts).sum(0)
 
 
 def capture_samples(model: Any, batches: Sequence[Inputs], program: Program, positions: Sequence[int]) -> list[Tensor]:
     """Return for every batch the hidden states [row, position, read, d_model], in the model's dtype."""
-    found = [read(model, inputs, program, positions, {"use_cache": False}) for inputs in batches]
+    found = [read(model, inputs, program, positions, WHOLE) for inputs in batches]
     return [torch.stack([state.cpu() for state in states], 2) for states in found]
 
 
 def cosines(model: Any, batches: Sequence[Inputs], program: Program, position: int, direction: Tensor) -> list[Tensor]:
     """Return for every batch the cosines [row, read] of hidden states at `position` with the unit `direction`."""
-    found = [read(model, inputs, program, (position,), {"use_cache": False}) for inputs in batches]
+    found = [read(model, inputs, program, (position,), WHOLE) for inputs in batches]
     states = [torch.stack([state[:, 0].cpu().float() for state in each], 1) for each in found]
     return [(algebra.unit(each) @ direction).double() for each in states]
 
