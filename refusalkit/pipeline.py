@@ -38,6 +38,7 @@ class Runner:
         self.progress = progress
         self.seconds: dict[str, float] = {}
         self.passes: dict[str, float] = {}
+        self.jobs: dict[str, dict[str, int]] = {}
         self._bench: Bench | None = None
 
     def bench(self) -> Bench:
@@ -69,6 +70,8 @@ class Runner:
         artifact = make()
         self.store.save(artifact, key, self.plan.metadata(kind.stage))
         self.seconds[kind.stage] = round(time.monotonic() - since, 2)
+        if isinstance(self.engine, RemoteEngine):
+            self.jobs[kind.stage] = self.engine.jobs.close()
         self.passes[kind.stage] = round((self.engine.prompt_passes if self.engine else 0.0) - before, 1)
         _write_environment(self, self.store.folder)
         self.progress.stage(kind.stage, "done")
@@ -259,9 +262,11 @@ def _write_environment(runner: Runner, out: Path) -> None:
         "forward_passes": {**before.get("forward_passes", {}), **runner.passes},
         "model": model,
     }
+    if jobs := {**before.get("jobs", {}), **runner.jobs}:
+        environment["jobs"] = jobs
     if engine is not None:
         environment["device"] = str(engine.device)
-        environment["dtype"] = str(engine.module.dtype).removeprefix("torch.")
+        environment["dtype"] = engine.dtype
         model["n_parameters"] = sum(parameter.numel() for parameter in engine.module.parameters())
     write_json(path, environment)
 

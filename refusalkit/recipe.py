@@ -121,7 +121,8 @@ class EvaluateSection(Section):
     """What to do with the direction and what to measure."""
 
     interventions: tuple[InterventionSpec, ...]
-    """What to compare; the unmodified model is always measured too."""
+    """What to compare; the unmodified model is always measured too. By default `none`, `ablate`, `steer` and, where
+    the weights can be edited, `orthogonalize`."""
     metrics: tuple[Metric, ...]
     """What to measure."""
     max_new_tokens: Count = 64

@@ -35,6 +35,11 @@ class Strategy(BaseModel, ABC):
     needs: ClassVar[Literal["means", "samples"]] = "means"
     """What capture has to keep: the means alone, or every prompt's activations as well."""
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether finding runs backward passes, which a shared server does not allow."""
+        return False
+
     @abstractmethod
     def find(self, harmful: Captured, harmless: Captured) -> Tensor:
         """Return a direction for every candidate: [position, layer, d_model], or [position, layer, rank, d_model].

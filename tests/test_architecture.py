@@ -30,6 +30,7 @@ LAYERS = (
     ("stages", "testing"),
     ("plan",),
     ("run_directory", "report"),
+    ("remote_cost",),
     ("plan_text", "adapter_check", "bake", "pipeline"),
     ("python", "reproduction"),
     ("cli",),

@@ -22,7 +22,7 @@ from torch import Tensor
 from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.engine import attribution, blocks, weights
-from refusalkit.engine.batch import Batch, Tokens, batch, chunks, halved, prefix_inputs, shared_prefix
+from refusalkit.engine.batch import Batch, Tokens, batch, check_lengths, chunks, halved, prefix_inputs, shared_prefix
 from refusalkit.engine.layout import layout_of
 from refusalkit.engine.lower import Pack, lower, packs
 from refusalkit.engine.memory import out_of_memory
@@ -80,6 +80,11 @@ class Engine:
     def device(self) -> torch.device:
         """Where the inputs go."""
         return next(self.module.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> str:
+        """The type of the weights."""
+        return str(self.module.dtype).removeprefix("torch.")
 
     def run(self, requests: Sequence[Request], advance: Advance | None = None) -> list[Any]:
         """Answer requests in their order (see `refusalkit.engine.request`)."""
@@ -472,18 +477,6 @@ def _reduce(logits: Tensor, measure: Measure, rows: Sequence[int], times: int) -
         return algebra.refusal_score(logits, torch.tensor(measure.token_ids))
     assert measure.reference is not None
     return algebra.kl_nats(measure.reference[list(rows)].repeat(times, 1), logits)
-
-
-def check_lengths(prompts: Sequence[Tokens], positions: Sequence[int]) -> None:
-    """Raise `RunError` for a prompt shorter than the deepest position."""
-    deepest = -min(positions)
-    shortest = min(len(prompt) for prompt in prompts)
-    if deepest > shortest:
-        raise RunError(
-            f"position -{deepest} lies before the start of a prompt of {shortest} tokens",
-            where="capture.positions",
-            hint="capture positions nearer to the end",
-        )
 
 
 @contextmanager

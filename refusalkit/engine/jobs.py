@@ -112,6 +112,12 @@ class Jobs:
                 advance(finished, total)
         return found
 
+    def close(self) -> dict[str, int]:
+        """Forget the jobs of a stage that is finished; return how many there were and the bytes they moved."""
+        totals = self.ledger.totals()
+        self.ledger.clear(self.limit)
+        return totals
+
     def _smaller(
         self, calls: Sequence[Call], pending: Sequence[Sequence[Slice]], error: TooMuchError
     ) -> list[list[Slice]]:

@@ -18,8 +18,8 @@ from torch import Tensor
 from refusalkit import algebra
 from refusalkit.checkpoint import Checkpoint
 from refusalkit.engine import work
-from refusalkit.engine.batch import Batch, Tokens, batch, chunks
-from refusalkit.engine.engine import DEFAULT_BATCH_SIZE, Samples, check_lengths
+from refusalkit.engine.batch import Batch, Tokens, batch, check_lengths, chunks
+from refusalkit.engine.engine import DEFAULT_BATCH_SIZE, Samples
 from refusalkit.engine.jobs import Call, Jobs
 from refusalkit.engine.layout import layout_of
 from refusalkit.engine.ledger import Ledger
@@ -97,6 +97,11 @@ class RemoteEngine:
     def device(self) -> str:
         """Where the model runs: the server's address."""
         return self.jobs.server.host
+
+    @property
+    def dtype(self) -> str:
+        """The type of the weights, which the server decides and does not tell."""
+        return "the server's dtype"
 
     def run(self, requests: Sequence[Request], advance: Advance | None = None) -> list[Any]:
         """Answer requests that are made together, in one job where the server allows it."""

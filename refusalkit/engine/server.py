@@ -66,7 +66,7 @@ def chosen_host(recipe_host: str | None) -> str:
             hint="set `model.host`, NDIF_HOST, or API.HOST in nnsight's configuration; the public service is "
             "https://api.ndif.us",
         )
-    if not re.match(r"https?://[^/\s@]+", host):
+    if not re.fullmatch(r"https?://[^/\s@]+(/[^\s@]*)?", host):
         raise InputError(
             f"{without_key(host)!r} is no address", where="model.host", hint="for example http://127.0.0.1:8001"
         )
