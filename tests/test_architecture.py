@@ -30,7 +30,7 @@ LAYERS = (
     ("stages", "testing"),
     ("plan",),
     ("run_directory", "report"),
-    ("remote_cost",),
+    ("remote_cost", "server_status"),
     ("plan_text", "adapter_check", "bake", "pipeline"),
     ("python", "reproduction"),
     ("cli",),
