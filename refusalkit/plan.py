@@ -69,7 +69,6 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
 
     Raises `InputError` for a model, adapter, prompt source or option that cannot be used.
     """
-    recipe = _without_default_weights(recipe)
     _check_remote(recipe)
     pools, dropped = read_pools(recipe.prompts, folder, registry)
     checkpoint = open_checkpoint(recipe.model, registry)
@@ -119,16 +118,6 @@ def _template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
 
 def _words(template: ChatTemplate) -> set[str]:
     return set(re.findall(r"\b[A-Za-z_]\w*\b", str(template.source)))
-
-
-def _without_default_weights(recipe: Recipe) -> Recipe:
-    """Leave edits of weights out where weights cannot be edited and the recipe does not ask for one by name."""
-    listed = "interventions" in recipe.evaluate.model_fields_set
-    if listed or (recipe.model.where == "local" and recipe.model.quantize == "none"):
-        return recipe
-    kept = tuple(spec for spec in recipe.evaluate.interventions if not spec.on_weights)
-    evaluate = recipe.evaluate.model_copy(update={"interventions": kept})
-    return recipe.model_copy(update={"evaluate": evaluate})
 
 
 def _host(recipe: Recipe) -> str | None:

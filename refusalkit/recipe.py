@@ -121,8 +121,8 @@ class EvaluateSection(Section):
     """What to do with the direction and what to measure."""
 
     interventions: tuple[InterventionSpec, ...]
-    """What to compare; the unmodified model is always measured too. By default `none`, `ablate`, `steer` and, where
-    the weights can be edited, `orthogonalize`."""
+    """What to compare; the unmodified model is always measured too. Only `orthogonalize` edits
+    weights: name it where they are yours to edit."""
     metrics: tuple[Metric, ...]
     """What to measure."""
     max_new_tokens: Count = 64
@@ -186,7 +186,7 @@ def recipe_type(registry: Registry) -> type[Recipe]:
         __base__=EvaluateSection,
         interventions=(
             tuple[intervention, ...],  # type: ignore[valid-type]
-            Field(("none", "ablate", "steer", "orthogonalize"), validate_default=True),
+            Field(("none", "ablate", "steer"), validate_default=True),
         ),
         metrics=(
             tuple[metric, ...],  # type: ignore[valid-type]
