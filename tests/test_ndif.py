@@ -104,7 +104,7 @@ def test_the_quickstart_ends_as_it_does_here_in_at_most_twelve_jobs(plain: Serve
     assert_same_run(run(QUICKSTART), remote)
     assert sum(stage["jobs"] for stage in jobs_of(remote).values()) <= 12
     # What was kept for a stage is gone when the stage is finished.
-    assert list((remote / "jobs").iterdir()) == []
+    assert not (remote / "jobs").exists()
 
 
 def test_another_architecture_ends_as_it_does_here(plain: Server, recipe: Path, run: Callable[..., Path]) -> None:

@@ -50,7 +50,7 @@ def cut(calls: Sequence[Call], most: float) -> list[list[Slice]]:
     for number, call in enumerate(calls):
         start = 0
         while start < len(call.items):
-            fits = min(len(call.items) - start, int(room // call.work))
+            fits = min(len(call.items) - start, max(0, int(room // call.work)))
             if fits == 0 and jobs[-1]:
                 jobs.append([])
                 room = most

@@ -112,6 +112,8 @@ class Ledger:
             path.unlink(missing_ok=True)
         if limit is not None:
             write_json(self.folder / _LIMIT, limit)
+        elif self.folder.is_dir():
+            self.folder.rmdir()
 
 
 def key_of(model_key: str, parts: Sequence[Part]) -> str:

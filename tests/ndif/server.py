@@ -133,14 +133,15 @@ class Server:
         return path
 
     def _run(self, name: str, *command: object, **more: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            env={**self._variables(), **more},
-            cwd=self.folder,
-            stdout=(self.folder / f"{name}.log").open("ab"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [str(part) for part in command],
+                env={**self._variables(), **more},
+                cwd=self.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self.processes.append(process)
         return process
 
