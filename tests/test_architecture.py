@@ -169,7 +169,7 @@ def test_nothing_runs_code_from_a_file() -> None:
         f"{name_of(path)}:{node.lineno} calls {ast.unparse(node.func)}"
         for path, tree in trees()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in called
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in called and not _loads_tensors_alone(node)
     ]
     wrong += [
         f"{name_of(path)}:{found.line} imports {found.module}"
@@ -178,6 +178,11 @@ def test_nothing_runs_code_from_a_file() -> None:
         if found.module.split(".")[0] in loaded
     ]
     assert wrong == []
+
+
+def _loads_tensors_alone(call: ast.Call) -> bool:
+    """Whether a call says so: what a server sends back is in torch's format and in no other."""
+    return any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords)
 
 
 def test_only_what_meets_strangers_catches_everything() -> None:

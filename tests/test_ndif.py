@@ -195,16 +195,15 @@ def test_a_killed_client_finds_its_jobs_again(
     plain: Server, recipe: Path, run: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"
-    process = start(recipe, out, plain)
-    wait_for(process, "select: job")
-    # While a job of select is under way, or just before the next.
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with start(recipe, out, plain) as process:
+        wait_for(process, "select: job")
+        # While a job of select is under way, or just before the next.
+        process.send_signal(signal.SIGKILL)
     before = {path.name: read(path) for path in (out / "jobs").glob("*.json")}
     assert before
     finished = {path.name for path in (out / "jobs").glob("*.safetensors")}
-    again = start(recipe, out, plain)
-    _, said = again.communicate(timeout=300)
+    with start(recipe, out, plain) as again:
+        _, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert_same_run(run(recipe), out)
     # Neither what was finished nor what was under way was handed in again.
@@ -216,8 +215,7 @@ def test_a_run_survives_a_server_that_is_killed_and_started_again(
     recipe: Path, run: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "survived"
-    with running("Plain") as server:
-        process = start(recipe, out, server)
+    with running("Plain") as server, start(recipe, out, server) as process:
         wait_for(process, "select: job")
         server.kill()
         said = wait_for(process, "select: the server cannot be reached")
@@ -311,14 +309,14 @@ def test_a_model_that_the_server_cannot_load_is_not_hosted(
 
 def test_the_key_is_in_no_file_no_message_and_no_process_list(plain: Server, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start(recipe, out, plain, NDIF_API_KEY=KEY)
     listed = ""
     said = []
-    assert process.stderr is not None
-    for line in process.stderr:
-        said.append(line)
-        listed += subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert process.wait() == 0, said
+    with start(recipe, out, plain, NDIF_API_KEY=KEY) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line)
+            listed += subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert process.returncode == 0, said
     assert "refusalkit" in listed
     kept = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
     assert KEY not in listed + "".join(said)

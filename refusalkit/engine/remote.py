@@ -23,7 +23,7 @@ from refusalkit.engine.engine import DEFAULT_BATCH_SIZE, Samples
 from refusalkit.engine.jobs import Call, Jobs
 from refusalkit.engine.layout import layout_of
 from refusalkit.engine.ledger import Ledger
-from refusalkit.engine.lower import Program, lower
+from refusalkit.engine.lower import Program, counted_from, lower
 from refusalkit.engine.request import (
     Capture,
     Completions,
@@ -159,7 +159,7 @@ class RemoteEngine:
         raise RunError("a server computes no gradients for strangers", where=self.device, hint="run it locally")
 
     @contextmanager
-    def edited_weights(self, basis: Tensor) -> Iterator[Edited]:
+    def edited_weights(self, basis: Tensor, keeps_norms: bool = False) -> Iterator[Edited]:
         """Refuse: others use the same weights."""
         raise RunError("nobody may edit weights that others use", where=self.device, hint="run it locally")
         yield
@@ -190,7 +190,7 @@ class RemoteEngine:
         fixed = (self._reads(request.site), tuple(request.positions))
         if not request.keep_samples:
             call = Call(work.capture_sums, _inputs(groups), fixed, _per_batch(groups))
-            return call, lambda total: Samples(total / n_prompts, n_prompts, None)
+            return call, lambda total: Samples(total * work.SPREAD / n_prompts, n_prompts, None)
         call = Call(work.capture_samples, _inputs(groups), fixed, _per_batch(groups))
 
         def sampled(found: list[Tensor]) -> Samples:
@@ -282,7 +282,8 @@ class RemoteEngine:
             lengths = counts[list(group.indices), None]
             width = int(lengths.max()) + 1
             mask = torch.arange(width, 0, -1)[None] <= lengths
-            items.append((group.repeated(1), program, (group.input_ids[:, -width:], mask), width))
+            counted = counted_from(program, lengths)
+            items.append((group.repeated(1), counted, (group.input_ids[:, -width:], mask), width))
         call = Call(work.losses, tuple(items), (), _per_batch(groups))
         return call, lambda found: (_in_order(groups, found), counts)
 

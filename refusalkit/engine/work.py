@@ -35,6 +35,9 @@ Part = tuple[Task, tuple[Any, ...], tuple[Any, ...]]
 #: One pass over the prompts alone, of which the last position's logits are needed.
 ONCE = {"logits_to_keep": 1, "use_cache": False}
 WHOLE = {**ONCE, "stop": False}
+#: A sum of few numbers ends in zeros, which compress. Divided by this it fills all its bits, and the size of the answer
+#: says nothing of the number of prompts.
+SPREAD = 3.0
 NO_SKIP: tuple[Sequence[str], None] = ((), None)
 
 
@@ -47,9 +50,9 @@ def submit(model: Any, backend: Any, parts: Sequence[Part]) -> None:
 
 
 def capture_sums(model: Any, batches: Sequence[Inputs], program: Program, positions: Sequence[int]) -> Tensor:
-    """Sum the hidden states that `program` keeps over all prompts: [position, read, d_model] float64."""
+    """Sum the hidden states that `program` keeps over all prompts, over `SPREAD`: [position, read, d_model] float64."""
     parts = [read_sums(model, inputs, program, positions, WHOLE) for inputs in batches]
-    return torch.stack(parts).sum(0)
+    return torch.stack(parts).sum(0) / SPREAD
 
 
 def capture_samples(model: Any, batches: Sequence[Inputs], program: Program, positions: Sequence[int]) -> list[Tensor]:
