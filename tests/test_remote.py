@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import json
 import threading
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import zstandard
 from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend
 
@@ -45,7 +47,7 @@ class Here(Jobs):
         super().__init__(Server("http://127.0.0.1:9", "key", "model"), model, ledger)
         self.limit = 1.0
 
-    def _finish(self, parts: Any) -> list[Any]:
+    def finish(self, parts: Any) -> list[Any]:
         with warnings.catch_warnings():
             # On a server this is its own.
             warnings.filterwarnings("ignore", message=".*was never reached")
@@ -146,7 +148,7 @@ class Keep(Backend):
 def test_only_the_work_and_what_it_names_travels(registry: Registry, tmp_path: Path) -> None:
     section = ModelSection(id="tiny:llama", where="ndif", host="http://127.0.0.1:9")
     engine = connect(open_checkpoint(section, registry), tmp_path, lambda said: None)
-    calls = [engine._question(request)[0] for request in requests_without_logits()]
+    calls = [engine.question(request)[0] for request in requests_without_logits()]
     backend = Keep()
     work.submit(engine.jobs.model, backend, [(call.task, call.items, call.fixed) for call in calls])
     assert b"def capture_sums" in backend.blob
@@ -204,7 +206,7 @@ def answering() -> Iterator[Callable[..., Jobs]]:
     """Give a function that starts a server with one answer to everything, and returns what asks it."""
     started = []
 
-    def start(status: int, body: str, tmp: Path) -> Jobs:
+    def start(status: int, body: str | bytes, tmp: Path) -> Jobs:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 if status == 0:
@@ -214,7 +216,7 @@ def answering() -> Iterator[Callable[..., Jobs]]:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body.encode())
+                self.wfile.write(body if isinstance(body, bytes) else body.encode())
 
             def do_POST(self) -> None:
                 self.do_GET()
@@ -243,6 +245,8 @@ def answering() -> Iterator[Callable[..., Jobs]]:
         (400, '{"detail": "Client nnsight version 0.1 is too old"}', "refuses this machine's versions"),
         (422, '{"detail": "what?"}', "the server refuses the request (422): what?"),
         (200, "<html>a page</html>", "this is no NDIF server"),
+        (200, "[1, 2]", "this is no NDIF server"),
+        (200, '{"what": "this"}', "this is no NDIF server"),
         (0, "", "the connection was lost"),
     ],
 )
@@ -275,11 +279,21 @@ def test_every_way_a_job_ends_has_its_own_words(
         answering(200, body, tmp_path).server.ask("a-job")
 
 
+def test_a_result_that_holds_more_than_tensors_is_not_read(answering: Callable[..., Jobs], tmp_path: Path) -> None:
+    saved = io.BytesIO()
+    torch.save({"results": [Path("anything")]}, saved)
+    content = zstandard.ZstdCompressor().compress(saved.getvalue())
+    for body in (content, b"no archive", zstandard.ZstdCompressor().compress(b"no tensors")):
+        server = answering(200, body, tmp_path).server
+        with pytest.raises(RunError, match="the result cannot be read"):
+            server.fetch(server.host)
+
+
 def test_a_server_that_is_not_there_is_given_up_after_a_while(tmp_path: Path) -> None:
     told: list[str] = []
     jobs = Jobs(Server("http://127.0.0.1:9", "key", "a model"), None, Ledger(tmp_path), told.append, Patience(2.5))
     with pytest.raises(RunError, match="the server cannot be reached"):
-        jobs._patiently(lambda: jobs.server.ask("a-job"))
+        jobs.patiently(lambda: jobs.server.ask("a-job"))
     assert told == ["the server cannot be reached; trying again in 1 s"]
 
 

@@ -99,7 +99,7 @@ class Jobs:
             job = pending[0]
             self._name = f"job {finished + 1} of {total}"
             try:
-                results = self._finish([_part(calls[number], start, stop) for number, start, stop in job])
+                results = self.finish([_part(calls[number], start, stop) for number, start, stop in job])
             except TooMuchError as error:
                 pending = self._smaller(calls, pending, error)
                 total = finished + len(pending)
@@ -139,7 +139,7 @@ class Jobs:
             for smaller in cut(parts, self.limit)
         ]
 
-    def _finish(self, parts: Sequence[Part]) -> Results:
+    def finish(self, parts: Sequence[Part]) -> Results:
         """Return a job's results: the kept ones, those of a job handed in earlier, or those of a new one."""
         key = key_of(self.server.model_key, parts)
         kept = self.ledger.results(key)
@@ -149,7 +149,7 @@ class Jobs:
         while True:
             if record is None or record.host != self.server.host or record.lost:
                 lost = 0 if record is None else record.resubmitted
-                job, sent = self._patiently(lambda: self.server.hand_in(self.model, parts))
+                job, sent = self.patiently(lambda: self.server.hand_in(self.model, parts))
                 record = Record(job, self.server.host, sent, resubmitted=lost)
                 self.ledger.write(key, record)
             try:
@@ -171,7 +171,7 @@ class Jobs:
         if record.ended is not None:
             raise TooMuchError(record.ended, where=self.server.host)
         url = self._wait(record.id)
-        results, received = self._patiently(lambda: self.server.fetch(url))
+        results, received = self.patiently(lambda: self.server.fetch(url))
         if len(results) != n_parts:
             raise RunError("the server's answer is not what was asked for", where=self.server.host)
         self.ledger.keep(key, results)
@@ -184,7 +184,7 @@ class Jobs:
         last: Update | None = None
         self._was_away = False
         while True:
-            update: Update | None = self._patiently(lambda: self.server.ask(job))
+            update: Update | None = self.patiently(lambda: self.server.ask(job))
             if update is not None and update.url is not None:
                 return update.url
             silent = time.monotonic() - since
@@ -198,7 +198,7 @@ class Jobs:
             time.sleep(pause)
             pause = min(2.0, pause * 1.3)
 
-    def _patiently(self, attempt: Callable[[], Any]) -> Any:
+    def patiently(self, attempt: Callable[[], Any]) -> Any:
         """Try until it works, pausing longer each time, or until the server has been away for too long."""
         pause, since = 1.0, time.monotonic()
         while True:

@@ -105,7 +105,7 @@ class RemoteEngine:
 
     def run(self, requests: Sequence[Request], advance: Advance | None = None) -> list[Any]:
         """Answer requests that are made together, in one job where the server allows it."""
-        questions = [self._question(request) for request in requests]
+        questions = [self.question(request) for request in requests]
         answers = self.jobs.run([call for call, _ in questions], advance)
         return [read(answer) for (_, read), answer in zip(questions, answers, strict=True)]
 
@@ -166,7 +166,8 @@ class RemoteEngine:
 
     # -- requests as tasks -------------------------------------------------------------------------------------
 
-    def _question(self, request: Request) -> Question:
+    def question(self, request: Request) -> Question:
+        """Return a request as a task, and what to make of its answer."""
         match request:
             case Capture():
                 return self._capture(request)

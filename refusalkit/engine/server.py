@@ -19,6 +19,7 @@ from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 from nnsight.schema.config import CONFIG, _read_yaml, _user_config_path
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel
+from pydantic import ValidationError
 
 from refusalkit.engine.work import Part, submit
 from refusalkit.errors import InputError, RunError
@@ -118,6 +119,8 @@ class Server:
             raise _refused(error.__cause__ or error, self.host) from None
         except httpx.HTTPError as error:
             raise _refused(error, self.host) from None
+        except ValidationError:
+            raise _stranger(self.host) from None
         return str(transport.job_id), transport.bytes_up
 
     def ask(self, job: str) -> Update | None:
@@ -125,7 +128,10 @@ class Server:
         response = self.get(f"/response/{job}", missing=True)
         if response is None:
             return None
-        found = ResponseModel.model_validate(response)
+        try:
+            found = ResponseModel.model_validate(response)
+        except ValidationError:
+            raise _stranger(self.host) from None
         if found.status.value == "ERROR":
             raise self.failure(without_key(found.description))
         state = found.status.value.lower()
@@ -140,26 +146,24 @@ class Server:
             raise LostError("the server no longer has the result", where=self.host) from None
         except httpx.HTTPError as error:
             raise _refused(error, self.host) from None
-        content = response.content
-        if CONFIG.API.COMPRESS:
-            import zstandard
-
-            content = zstandard.ZstdDecompressor().decompress(content)
-        # A server is not trusted with more than tensors.
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        return saved["results"], len(response.content)
+        return _results_in(response.content, self.host), len(response.content)
 
     def get(self, path: str, *, missing: bool = False) -> Any:
-        """Return the JSON at `path`; None where there is none and that is allowed."""
+        """Return the JSON mapping at `path`; None where there is none and that is allowed."""
         headers = {"ndif-api-key": CONFIG.API.APIKEY} if CONFIG.API.APIKEY else None
         try:
             response = httpx.get(f"{self.host}{path}", headers=headers, timeout=_TIMEOUT)
             if missing and response.status_code == 404:
                 return None
             response.raise_for_status()
-            return response.json()
-        except (httpx.HTTPError, ValueError) as error:
+            found = response.json()
+        except httpx.HTTPError as error:
             raise _refused(error, self.host) from None
+        except ValueError:
+            raise _stranger(self.host) from None
+        if not isinstance(found, dict):
+            raise _stranger(self.host)
+        return found
 
     def failure(self, said: str) -> RunError:
         """Turn what the server says of a failed job into an error of ours."""
@@ -200,7 +204,7 @@ def _refused(error: BaseException, host: str) -> RunError:
             )
         if isinstance(error, httpx.HTTPError):
             return UnavailableError(f"the connection was lost: {type(error).__name__}", where=host, hint=_RESUME)
-        return RunError(f"this is no NDIF server: {without_key(str(error))}", where=host, hint="check the address")
+        return RunError(f"the request cannot be sent: {without_key(str(error))}", where=host, hint="check the address")
     status, said = error.response.status_code, _detail(error.response)
     if status in (401, 403) or "API key" in said:
         return RunError(
@@ -218,6 +222,25 @@ def _refused(error: BaseException, host: str) -> RunError:
 
 
 _RESUME = "run the same command later: finished jobs are kept, and running ones are found again"
+
+
+def _stranger(host: str) -> RunError:
+    return RunError("this is no NDIF server", where=host, hint="check the address")
+
+
+def _results_in(content: bytes, host: str) -> list[Any]:
+    """Read what a job saved; a server is not trusted with more than tensors."""
+    import zstandard
+    from torch.serialization import pickle  # type: ignore[attr-defined]
+
+    try:
+        if CONFIG.API.COMPRESS:
+            content = zstandard.ZstdDecompressor().decompress(content)
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return list(saved["results"])
+    except (zstandard.ZstdError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        said = str(error).partition("\n")[0]
+        raise RunError(f"the result cannot be read: {said}", where=host, hint=_STATUS) from None
 
 
 def _detail(response: httpx.Response) -> str:
