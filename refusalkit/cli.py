@@ -44,6 +44,13 @@ class Until(StrEnum):
     report = "report"
 
 
+class Done(StrEnum):
+    """Name what a file may do with a direction."""
+
+    ablate = "ablate"
+    steer = "steer"
+
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set model.dtype=float32")
@@ -312,6 +319,39 @@ def bake(
     edited = write_checkpoint(checkpoint, choice, out)
     print(f"{len(edited.names)} parameters changed", file=sys.stderr)
     print(out)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A finished run's folder, or a file or folder.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The new file, or the new folder.")],
+    to: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="The format, where TARGET's name leaves it open.")
+    ] = None,
+    operation: Annotated[
+        Done | None, typer.Option("--as", help="What is done with the direction, where files leave it open.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="The layer, where SOURCE has several or does not say.")] = None,
+    position: Annotated[
+        int | None, typer.Option(help="The position, where SOURCE has several or does not say.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model: a hub name, a folder or tiny:FAMILY.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Multiples of the direction to add.")] = None,
+) -> None:
+    """Write a direction in the format of another tool, or read one, and say what the format does not hold.
+
+    Formats are told by name and content: run folders and safetensors of refusalkit, the paper's authors' runs, GGUF
+    control vectors, GLP, PEFT LoRA, lm-eval's `steered` and `.svec`.
+    """
+    from refusalkit.checkpoint import quiet
+    from refusalkit.interchange.content import Wanted
+    from refusalkit.interchange.convert import convert as write_as
+    from refusalkit.registry import load_registry
+
+    quiet()
+    wanted = Wanted(layer, position, model, None if operation is None else operation.value, scale)
+    print(write_as(source, target, to, wanted, load_registry()), file=sys.stderr)
+    print(target)
 
 
 @tiny_app.command("train")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import refusalkit
-from refusalkit.artifacts import Split
+from refusalkit.artifacts import AS_FOUND, LAYER_CONVENTION, Split
 from refusalkit.checkpoint import Checkpoint, open_checkpoint
 from refusalkit.errors import InputError, nearest
 from refusalkit.metric import Side
@@ -55,10 +55,10 @@ class Plan:
             "model_revision": self.checkpoint.revision,
             "template_hash": self.template.digest(),
             "site": self.recipe.capture.site,
-            "layer_convention": "layer l is the block whose input is resid_pre[l]",
+            "layer_convention": LAYER_CONVENTION,
             "positions": ",".join(map(str, self.prompts.positions)),
             "strategy": self.recipe.find.strategy,
-            "operation": "directions as found, not normalised: ablate removes the unit vector, steer adds as is",
+            "operation": AS_FOUND,
         }
 
 

@@ -34,7 +34,7 @@ def orthogonalize(module: Any, adapter: Adapter, basis: Tensor) -> Edited:
     untied = _untie(module)
     names = []
     with torch.no_grad():
-        for name, weight, axis, rows in _writers(module, adapter, basis):
+        for name, weight, axis, rows in writers(module, adapter, basis):
             weight.copy_(algebra.orthogonalize(weight, rows.to(weight.device), axis))
             names.append(name)
     return Edited(tuple(names), untied)
@@ -43,7 +43,7 @@ def orthogonalize(module: Any, adapter: Adapter, basis: Tensor) -> Edited:
 @contextmanager
 def edited(module: Any, adapter: Adapter, basis: Tensor) -> Iterator[Edited]:
     """Edit the weights of `module` for the length of a block, then restore them bit for bit."""
-    kept = [(weight, weight.detach().cpu().clone()) for _, weight, _, _ in _writers(module, adapter, basis)]
+    kept = [(weight, weight.detach().cpu().clone()) for _, weight, _, _ in writers(module, adapter, basis)]
     changes = orthogonalize(module, adapter, basis)
     try:
         yield changes
@@ -65,8 +65,11 @@ def _untie(module: Any) -> bool:
     return True
 
 
-def _writers(module: Any, adapter: Adapter, basis: Tensor) -> Iterator[tuple[str, Tensor, int, Tensor]]:
-    """Yield (name, parameter, axis of length d_model, rows to remove) for everything that writes the stream."""
+def writers(module: Any, adapter: Adapter, basis: Tensor) -> Iterator[tuple[str, Tensor, int, Tensor]]:
+    """Yield (name, parameter, axis of length d_model, rows to remove) for everything that writes the stream.
+
+    The rows [rank, d_model] are orthonormal: `basis` [rank, d_model], or what a norm behind the parameter makes of it.
+    """
     for name in (f"{adapter.embedding}.weight", *adapter.also_embedding):
         yield name, parameter(module, name, adapter), -1, basis
     layout = layout_of(module, adapter)
