@@ -335,8 +335,10 @@ def convert(
     position: Annotated[
         int | None, typer.Option(help="The position, where SOURCE has several or does not say.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The model: a hub name, a folder or tiny:FAMILY.")] = None,
-    scale: Annotated[float | None, typer.Option(help="Multiples of the direction to add.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model, where SOURCE does not say: a hub name, a folder.")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(metavar="NUMBER", help="Multiples of the direction to add.")] = None,
 ) -> None:
     """Write a direction in the format of another tool, or read one, and say what the format does not hold.
 

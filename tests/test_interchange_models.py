@@ -71,7 +71,7 @@ def last_logits(module: torch.nn.Module, prompts: Sequence[Tokens] = PROMPTS) ->
         ("CohereForCausalLM", 1, True),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*", "ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_the_logits_under_the_lora_are_those_under_ablation(
     architecture: str, rank: int, tied: bool, tmp_path: Path
 ) -> None:
@@ -85,7 +85,6 @@ def test_the_logits_under_the_lora_are_those_under_ablation(
         torch.testing.assert_close(last_logits(model), plain, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
 def test_the_lora_can_be_merged_where_nothing_is_tied_and_its_card_says_what_it_does(tmp_path: Path) -> None:
     engine, direction = made(tmp_path, "LlamaForCausalLM")
     expected, plain = engine.logits(PROMPTS, ablate_everywhere(direction)), engine.logits(PROMPTS)
@@ -112,7 +111,6 @@ def test_what_a_lora_cannot_change_is_named(architecture: str, words: tuple[str,
     assert not (tmp_path / "lora").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*")
 def test_a_lora_of_others_gives_the_direction_it_removes(tmp_path: Path) -> None:
     engine, direction = made(tmp_path, "LlamaForCausalLM")
     unit = algebra.unit(direction.vector).float()

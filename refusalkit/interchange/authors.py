@@ -31,7 +31,7 @@ NAN = float("nan")
 
 def recognises(path: Path) -> bool:
     """Tell a run's folder, or a file of torch that holds one tensor."""
-    return (path / DIRECTION).is_file() or isinstance(torch_file.recognised(path), Tensor)
+    return (path / METADATA).is_file() or isinstance(torch_file.recognised(path), Tensor)
 
 
 def read(path: Path, wanted: Wanted) -> Content:
