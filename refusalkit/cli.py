@@ -331,12 +331,12 @@ def convert(
     operation: Annotated[
         Done | None, typer.Option("--as", help="What is done with the direction, where files leave it open.")
     ] = None,
-    layer: Annotated[int | None, typer.Option(help="The layer, where SOURCE has several or does not say.")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="The layer, where SOURCE has several or none.")] = None,
     position: Annotated[
-        int | None, typer.Option(help="The position, where SOURCE has several or does not say.")
+        int | None, typer.Option(max=-1, help="The position, where SOURCE has several or none.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The model, where SOURCE does not say: a hub name, a folder.")
+        str | None, typer.Option(metavar="MODEL", help="A hub name, a folder or tiny:FAMILY, where SOURCE names none.")
     ] = None,
     scale: Annotated[float | None, typer.Option(metavar="NUMBER", help="Multiples of the direction to add.")] = None,
 ) -> None:

@@ -264,6 +264,20 @@ def test_direction_0_of_others_is_read_and_never_written(tmp_path: Path) -> None
     refused(lambda: convert(tmp_path / "x.safetensors", tmp_path / "y.gguf", "gguf"), "direction.0")
 
 
+@pytest.mark.parametrize(
+    ("name", "back"),
+    [("gguf", ("resid_pre", 4)), ("svec", ("resid_pre", 4)), ("glp", ("resid_post", 3)), ("lora", ("resid_post", 3))],
+)
+def test_the_output_of_a_block_is_the_input_of_the_next(name: str, back: tuple[str, int], tmp_path: Path) -> None:
+    about = {"layer": "3", "model": "tiny:llama", "site": "resid_post"}
+    save_file({"direction": random(128)}, tmp_path / "x.safetensors", about)
+    target = tmp_path / TARGETS[name][0].replace("x", "y")
+    convert(tmp_path / "x.safetensors", target, name)
+    convert(target, tmp_path / "z.safetensors")
+    with safe_open(tmp_path / "z.safetensors", "pt") as file:
+        assert (file.metadata()["site"], int(file.metadata()["layer"])) == back
+
+
 def test_the_strength_of_a_projection_is_left_out_and_said(tmp_path: Path) -> None:
     unit = algebra.unit(random(128)).float().numpy()
     fields = {"glp__mode": "project", "glp__hook_point": "ffn_out_pre_residual", "glp__dir_scales": "4.0"}

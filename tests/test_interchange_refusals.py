@@ -123,8 +123,10 @@ def test_nothing_is_overwritten_and_names_decide_where_they_can(direction: Path,
     refused(lambda: convert(direction, tmp_path / "x.gguf"), "gguf, glp", "--to")
     refused(lambda: convert(direction, tmp_path / "x.pt"), "authors, steered", "--to")
     refused(lambda: convert(direction, tmp_path / "x"), "refusalkit, authors, lora", "--to")
-    refused(lambda: convert(direction, tmp_path / "x.onnx"), "no format", "svec")
-    refused(lambda: convert(direction, tmp_path / "x.gguf", "lora"), "end in nothing (a folder)")
+    # A point does not make a file.
+    refused(lambda: convert(direction, tmp_path / "llama-3.1"), "a folder may be one of refusalkit, authors, lora")
+    refused(lambda: convert(direction, tmp_path / "x.gguf", "lora"), "lora is a folder")
+    refused(lambda: convert(direction, tmp_path / "x.bin", "gguf"), "gguf is a file that ends in .gguf")
     refused(lambda: convert(direction, tmp_path / "x.gguf", "ggf"), "did you mean 'gguf'?")
     refused(lambda: convert(direction, tmp_path / "x.pt", "steered"), "--as ablate or --as steer")
     refused(lambda: convert(tmp_path / "nowhere", tmp_path / "y.svec"), "not there")

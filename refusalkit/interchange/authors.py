@@ -18,7 +18,7 @@ from refusalkit.artifacts import Candidates, Choice, ScoreRow
 from refusalkit.errors import InputError
 from refusalkit.interchange import torch_file
 from refusalkit.interchange.authors_completions import read_completions, write_completions
-from refusalkit.interchange.content import Content, Findings, Wanted, checked, read_json, settled, unreadable
+from refusalkit.interchange.content import Content, Findings, Wanted, checked, ending, read_json, settled, unreadable
 from refusalkit.store import whole_folder, write_json
 
 DIRECTION, METADATA = "direction.pt", "direction_metadata.json"
@@ -143,7 +143,7 @@ def write(content: Content, target: Path, _: object = None) -> tuple[str, ...]:
             hint="find a direction with `capture.site: resid_pre`",
         )
     direction = owned(content.added)
-    if target.suffix in torch_file.SUFFIXES:
+    if ending(target):
         torch_file.save(target, direction)
         return ()
     if content.layer is None or content.position is None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from refusalkit.artifacts import Candidates, Choice
 from refusalkit.errors import InputError
-from refusalkit.intervention import Site
+from refusalkit.intervention import SITES, Site
 from refusalkit.metric import Side
+from refusalkit.recipe import ModelSection
 
 Operation = Literal["ablate", "steer"]
 #: What a file may keep: the digits beyond float32, the lengths of a subspace's rows, what is done with the direction,
@@ -76,6 +77,8 @@ class Content:
     """Multiples of the direction to add."""
     model_type: str | None = None
     """`config.model_type` of the model."""
+    model: ModelSection | None = None
+    """The model as a run's recipe names it."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """What else is known, under the keys of our safetensors files: `model`, `model_revision`, `strategy` and others."""
     findings: Findings | None = None
@@ -95,7 +98,7 @@ class Content:
     @property
     def known(self) -> dict[str, str]:
         """What a file with room for texts keeps beside the direction."""
-        place = {"layer": self.layer, "position": self.position}
+        place = {"layer": self.layer, "position": self.position, "site": self.site}
         return {**self.metadata, **{key: str(value) for key, value in place.items() if value is not None}}
 
     @property
@@ -124,16 +127,24 @@ class Content:
         return block
 
 
+#: Keys that say of one of our safetensors files, and of no other, how it came about and is to be used.
+OF_THE_FILE = ("made_by", "stage", "operation")
+
+
 def with_known(content: Content, known: Mapping[str, str], wanted: Wanted, path: Path) -> Content:
     """Add to `content` what a file of ours keeps beside the direction, and what the user says where it does not."""
-    metadata = dict(known)
-    layer, position, norm = (metadata.pop(key, None) for key in ("layer", "position", "norm"))
+    metadata = {key: value for key, value in known.items() if key not in OF_THE_FILE}
+    layer, position, norm, named = (metadata.pop(key, None) for key in ("layer", "position", "norm", "site"))
+    site = next((site for site in SITES if site == named), None)
+    if named is not None and site is None:
+        raise unreadable(path, f"its site is {named!r}")
     try:
         return replace(
             content,
             vector=content.vector * (1.0 if norm is None else float(norm)),
             layer=settled("layer", layer, wanted.layer, path),
             position=settled("position", position, wanted.position, path),
+            site=site or content.site,
             metadata={**content.metadata, **metadata},
         )
     except ValueError:
@@ -147,6 +158,15 @@ def settled(name: str, said: str | None, wanted: int | None, path: Path) -> int 
     if wanted not in (None, int(said)):
         raise InputError(f"its {name} is {said}, not {wanted}", where=str(path), hint=f"leave out --{name}")
     return int(said)
+
+
+#: How the files end; whatever ends otherwise is a folder.
+ENDINGS = (".safetensors", ".gguf", ".pt", ".svec")
+
+
+def ending(target: Path) -> str:
+    """Return how a file ends, or nothing for a folder (whose name may hold a point)."""
+    return target.suffix if target.suffix in ENDINGS else ""
 
 
 def no_layer(where: str) -> InputError:

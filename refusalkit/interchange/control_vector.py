@@ -33,7 +33,7 @@ def read_added(file: GGUF, path: Path, wanted: Wanted) -> Content:
         )
     layer, vector, others = pick({block + 1: rows[0] for block, rows in file.directions.items()}, wanted, path)
     content = Content(vector, layer, operation="steer", model_type=file.model_type, left_out=others)
-    return with_known(content, {**file.ours, "layer": str(layer)}, wanted, path)
+    return with_known(content, {**file.ours, "layer": str(layer), "site": "resid_pre"}, wanted, path)
 
 
 def write(content: Content, target: Path, _: object = None) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import torch
 
 from refusalkit.checkpoint import Checkpoint, open_checkpoint
 from refusalkit.errors import InputError
-from refusalkit.interchange.content import Content, Operation, Trait, Wanted
+from refusalkit.interchange.content import Content, Operation, Trait, Wanted, ending
 from refusalkit.interchange.formats import FORMATS, Format, goal, recognise
 from refusalkit.recipe import ModelSection
 from refusalkit.registry import Registry
@@ -79,8 +79,10 @@ def _settled(content: Content, written: Format, wanted: Wanted, target: Path) ->
             hint=f"formats that can: {', '.join(kind.name for kind in FORMATS if asked in kind.says)}",
         )
     operation = asked or next(iter(written.says), None)
-    if wanted.scale is not None and operation == "ablate":
-        raise InputError("removing a direction has no scale", where="--scale", hint="leave it out")
+    if wanted.scale is not None and operation != "steer":
+        raise InputError(
+            "what is not added has no scale", where="--scale", hint="leave it out, or choose to add with --as steer"
+        )
     scale = content.scale if wanted.scale is None else wanted.scale
     return replace(content, operation=operation, scale=scale)
 
@@ -100,7 +102,9 @@ def _model(content: Content, written: Format, wanted: Wanted, registry: Registry
             where=str(target),
             hint="give --model: a hub name, a folder or an embedded model",
         )
-    # A revision that a run recorded is a commit of the hub, or a hash of a folder's files.
+    if content.model is not None and wanted.model is None:
+        return open_checkpoint(content.model, registry)
+    # A revision that was recorded is a commit of the hub, or a hash of a folder's files.
     recorded = content.metadata.get("model_revision", "")
     commit = recorded if wanted.model is None and len(recorded) == 40 else None
     return open_checkpoint(ModelSection(id=name, revision=commit), registry)
@@ -143,5 +147,5 @@ def _lost(content: Content, written: Format, target: Path) -> tuple[str, ...]:
     if content.findings is not None:
         held["run"] = "candidates, scores and completions"
     # One file has no room for a run, whatever its format.
-    keeps = written.keeps - {"run"} if target.suffix else written.keeps
+    keeps = written.keeps - {"run"} if ending(target) else written.keeps
     return tuple(what for trait, what in held.items() if trait not in keeps)

@@ -10,7 +10,7 @@ from typing import Literal
 from refusalkit.checkpoint import Checkpoint
 from refusalkit.errors import InputError, nearest
 from refusalkit.interchange import authors, control_vector, glp, lora, own, steered, svec
-from refusalkit.interchange.content import Content, Operation, Trait, Wanted
+from refusalkit.interchange.content import Content, Operation, Trait, Wanted, ending
 
 Recognise = Callable[[Path], bool]
 Read = Callable[[Path, Wanted], Content]
@@ -136,14 +136,12 @@ def goal(path: Path, name: str | None) -> Format:
     """Return the format to write: the one that is named, or the only one whose files end like `path`."""
     if name is not None and name not in NAMES:
         raise InputError(f"no format is called {name!r}", where="--to", hint=nearest(name, NAMES))
-    fit = [kind for kind in FORMATS if path.suffix in kind.suffixes and name in (None, kind.name)]
+    fit = [kind for kind in FORMATS if ending(path) in kind.suffixes and name in (None, kind.name)]
     if len(fit) == 1:
         return fit[0]
-    if name is not None:
-        (named,) = (kind for kind in FORMATS if kind.name == name)
-        ends = " or ".join(suffix or "nothing (a folder)" for suffix in named.suffixes)
-        raise InputError(f"files of the format {name} end in {ends}", where=str(path), hint="choose another name")
-    names = [kind.name for kind in fit]
-    if names:
-        raise InputError(f"several formats end like that: {', '.join(names)}", where=str(path), hint="choose with --to")
-    raise InputError("no format ends like that", where=str(path), hint=f"choose with --to: {', '.join(NAMES)}")
+    if name is None:
+        names, what = ", ".join(kind.name for kind in fit), ending(path) or "a folder"
+        raise InputError(f"{what} may be one of {names}", where=str(path), hint="choose with --to")
+    suffixes = next(kind.suffixes for kind in FORMATS if kind.name == name)
+    ends = " or ".join(f"a file that ends in {suffix}" if suffix else "a folder" for suffix in suffixes)
+    raise InputError(f"{name} is {ends}", where=str(path), hint="choose another name")

@@ -46,7 +46,10 @@ def read(path: Path, wanted: Wanted) -> Content:
     if mode != "project":
         raise unreadable(path, f"glp.mode is {mode!r}, which nobody may guess at")
     _check(file, path)
-    site = _site(file, path)
+    # `resid_post` of a block is `resid_pre` of the next.
+    derived = _site(file, path)
+    shift = int(derived == "resid_post")
+    site: Site = "resid_pre" if shift else derived
     stacked = {block: _rows(rows, file, path) for block, rows in file.directions.items()}
     content = Content(
         next(iter(stacked.values())),
@@ -59,11 +62,9 @@ def read(path: Path, wanted: Wanted) -> Content:
     )
     if all(torch.equal(rows, content.vector) for rows in stacked.values()) and len(stacked) > 1:
         return with_known(content, file.ours, wanted, path)
-    # `resid_post` of a block is `resid_pre` of the next.
-    shift = int(site == "resid_post")
     layer, vector, others = pick({block + shift: rows for block, rows in stacked.items()}, wanted, path)
-    content = replace(content, vector=vector, site="resid_pre" if shift else site, left_out=content.left_out + others)
-    return with_known(content, {**file.ours, "layer": str(layer)}, wanted, path)
+    content = replace(content, vector=vector, left_out=content.left_out + others)
+    return with_known(content, {**file.ours, "layer": str(layer), "site": site}, wanted, path)
 
 
 def _check(file: GGUF, path: Path) -> None:

@@ -20,15 +20,16 @@ from refusalkit.interchange.content import (
     Findings,
     Wanted,
     checked,
+    ending,
     no_layer,
     pick,
     unreadable,
     with_known,
 )
 from refusalkit.intervals import wilson
-from refusalkit.intervention import SITES, Site
 from refusalkit.metric import Evidence, Side
 from refusalkit.pipeline import summary, write_candidates, write_choice
+from refusalkit.recipe import ModelSection
 from refusalkit.run_directory import Run, read_run
 from refusalkit.store import whole_folder, write_json, write_tensors
 
@@ -47,21 +48,22 @@ def read(path: Path, wanted: Wanted) -> Content:
         return _read_file(path, wanted)
     run = read_run(path)
     content = _read_file(path / "direction.safetensors", wanted)
-    return replace(content, findings=Findings(run.candidates, run.choice, _completions(run)))
+    model = ModelSection.model_validate(run.recipe["model"])
+    return replace(content, model=model, findings=Findings(run.candidates, run.choice, _completions(run)))
 
 
 def _read_file(path: Path, wanted: Wanted) -> Content:
     tensors, metadata = read_safetensors(path)
-    site = _site(metadata.get("site", "resid_pre"), path)
     if set(tensors) == {"directions"}:
         position, vectors = _at_position(tensors["directions"], metadata.get("positions", ""), wanted, path)
         layer, vector, others = pick(dict(enumerate(vectors)), wanted, path)
-        content = Content(checked(vector, path), layer, site=site, left_out=others)
+        content = Content(checked(vector, path), layer, left_out=others)
         return with_known(content, {**metadata, "layer": str(layer), "position": str(position)}, wanted, path)
     if set(tensors) != {"direction"}:
-        raise unreadable(path, f"it holds {', '.join(sorted(tensors)) or 'nothing'}, and not the tensor `direction`")
+        found = ", ".join(sorted(tensors)[:3]) or "nothing"
+        raise unreadable(path, f"it holds {found}, and not the tensor `direction` alone")
     vector = checked(tensors["direction"], path)
-    return with_known(Content(vector, None, site=site), metadata, wanted, path)
+    return with_known(Content(vector, None), metadata, wanted, path)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -82,13 +84,6 @@ def _at_position(directions: Tensor, listed: str, wanted: Wanted, path: Path) ->
         seen = "holds directions of" if wanted.position is None else f"has no position {wanted.position}, but"
         raise InputError(f"{seen} positions {listed}", where=str(path), hint="choose one with --position and --layer")
     return wanted.position, directions[positions.index(wanted.position)]
-
-
-def _site(name: str, path: Path) -> Site:
-    for site in SITES:
-        if site == name:
-            return site
-    raise unreadable(path, f"its site is {name!r}")
 
 
 def _completions(run: Run) -> tuple[Completions, ...]:
@@ -113,7 +108,7 @@ def write(content: Content, target: Path, _: object = None) -> tuple[str, ...]:
     """Write `direction.safetensors`, or a folder with everything that the source has of a run."""
     if content.layer is None:
         raise no_layer(str(target))
-    if target.suffix:
+    if ending(target):
         _write_file(content, target)
         return ()
     with whole_folder(target) as draft:
@@ -123,7 +118,8 @@ def write(content: Content, target: Path, _: object = None) -> tuple[str, ...]:
             positions = ",".join(map(str, found.candidates.positions))
             write_candidates(draft, found.candidates, {**_metadata(content, "find"), "positions": positions})
         if found.choice is not None:
-            write_choice(draft, found.choice, _metadata(content, "select"))
+            choice = found.choice.model_copy(update={"direction": content.added.double()})
+            write_choice(draft, choice, _metadata(content, "select"))
             model = {"id": content.metadata.get("model"), "adapter": None}
             write_json(draft / "summary.json", summary(target.name, model, found.choice, results(found.completions)))
     return (

@@ -35,7 +35,7 @@ def read(path: Path, wanted: Wanted) -> Content:
         raise unreadable(path, f"{type(error).__name__}: {error}") from None
     known = {str(key): str(value) for key, value in dict(document.get("refusalkit") or {}).items()}
     content = Content(vector, layer, model_type=model_type, left_out=others)
-    return with_known(content, {**known, "layer": str(layer)}, wanted, path)
+    return with_known(content, {**known, "layer": str(layer), "site": "resid_pre"}, wanted, path)
 
 
 def _vector(values: Any, path: Path) -> Tensor:
