@@ -130,6 +130,7 @@ def test_nothing_is_overwritten_and_names_decide_where_they_can(direction: Path,
     refused(lambda: convert(direction, tmp_path / "x.gguf", "ggf"), "did you mean 'gguf'?")
     refused(lambda: convert(direction, tmp_path / "x.pt", "steered"), "--as ablate or --as steer")
     refused(lambda: convert(tmp_path / "nowhere", tmp_path / "y.svec"), "not there")
+    refused(lambda: convert(direction.parent, tmp_path / "copy", "refusalkit"), "is refusalkit already")
     (tmp_path / "x.txt").write_text("hello")
     refused(lambda: convert(tmp_path / "x.txt", tmp_path / "y.svec"), "none of the known formats", ", ".join(NAMES))
     refused(lambda: convert(direction, tmp_path / "y.svec", layer=99), "its layer is ", "not 99")
@@ -220,6 +221,11 @@ def test_projections_that_readers_must_refuse_are_refused(
         ({"layers.3": {"steering_vector": torch.ones(8), "action": "spin"}}, ("'spin'",)),
         ({"layers.3": {"steering_vector": torch.ones(2, 4), "action": "add"}}, ("[2, 4]",)),
         ({"layers.3.mlp": {"steering_vector": torch.ones(8), "action": "add"}}, ("layers.3.mlp", "outputs of blocks")),
+        ({"layers.3.mlp.experts.1": {"steering_vector": torch.ones(8), "action": "add"}}, ("outputs of blocks",)),
+        (
+            {"layers.3": {"steering_vector": torch.ones(8), "action": "add", "steering_coefficient": torch.nan}},
+            ("coefficient nan",),
+        ),
         ({"layers.3": {"steering_vector": torch.ones(8), "action": "clamp"}}, ("clamps to 1.0",)),
         ({"layers.3": {"steering_vector": torch.ones(8), "action": "add", "bias": torch.ones(8)}}, ("bias",)),
         (

@@ -145,7 +145,7 @@ def write(content: Content, target: Path, _: object = None) -> tuple[str, ...]:
     direction = owned(content.added)
     if ending(target):
         torch_file.save(target, direction)
-        return ()
+        return (f"the file holds the direction alone; who reads it has to know the layer ({content.layer})",)
     if content.layer is None or content.position is None:
         raise InputError(
             f"{METADATA} names a position and a layer, and the source does not",

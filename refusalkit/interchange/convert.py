@@ -39,6 +39,8 @@ def convert(source: Path, target: Path, to: str | None, wanted: Wanted, registry
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError("is there already", where=str(target), hint="name a new file or folder")
     read, written = recognise(source), goal(target, to)
+    if read is written and source.is_dir() and not ending(target):
+        raise InputError(f"is {written.name} already", where=str(source), hint="copy the folder")
     content = read.read(source, wanted)
     _check_rank(content, written, target)
     content = _settled(content, written, wanted, target)
@@ -46,8 +48,10 @@ def convert(source: Path, target: Path, to: str | None, wanted: Wanted, registry
     if checkpoint is not None:
         _check_fits(content, checkpoint, source)
         named = {"model": checkpoint.section.id, "model_revision": checkpoint.revision}
+        # The user's word, or where the direction was found, even if the model has changed since.
+        metadata = {**content.metadata, **named} if wanted.model else {**named, **content.metadata}
         model_type = content.model_type or str(checkpoint.config.model_type)
-        content = replace(content, model_type=model_type, metadata={**content.metadata, **named})
+        content = replace(content, model_type=model_type, metadata=metadata)
     said = written.write(content, target, checkpoint)
     return Converted(read, written, said, content.left_out + _lost(content, written, target))
 

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,12 +113,12 @@ def _base_model(file: GGUF) -> dict[str, str]:
     base = "general.base_model.0."
     name, organization = (file.fields.get(f"{base}{part}") for part in ("name", "organization"))
     model = f"{organization}/{name}" if organization and name else name
-    known = {"model": model, "model_revision": file.fields.get(f"{base}version"), "strategy": _method(file)}
+    known = {
+        "model": model,
+        "model_revision": file.fields.get(f"{base}version"),
+        "strategy": file.fields.get("glp.method"),
+    }
     return {key: str(value) for key, value in known.items() if value}
-
-
-def _method(file: GGUF) -> Any:
-    return file.fields.get("glp.method")
 
 
 def _digest(directions: Mapping[int, Mapping[int, Tensor]]) -> str:
@@ -149,8 +148,8 @@ def write(content: Content, target: Path, checkpoint: Checkpoint | None) -> tupl
         "glp.layer_ids_zero_based": ",".join(map(str, blocks)),
         "glp.content_sha256": _digest(directions),
         "general.base_model.count": 1,
-        "general.base_model.0.name": checkpoint.section.id,
-        "general.base_model.0.version": checkpoint.revision,
+        "general.base_model.0.name": content.metadata["model"],
+        "general.base_model.0.version": content.metadata["model_revision"],
     }
     if strategy := content.metadata.get("strategy"):
         fields["glp.method"] = strategy

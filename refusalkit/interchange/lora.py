@@ -30,7 +30,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 #: Before the keys of the metadata that only refusalkit writes.
 OURS = "refusalkit."
+#: The least cosine between directions that count as one.
 SAME = 1 - 1e-4
+#: The share of a bias along the direction up to which it counts as having none.
+ROUNDING = 1e-6
 
 
 def recognises(path: Path) -> bool:
@@ -127,17 +130,13 @@ def _factors(
             yield path, {"lora_A.weight": -(rows @ wide).float(), "lora_B.weight": rows.T.float()}
         elif isinstance(layer, nn.Embedding):
             yield path, {"lora_embedding_A": -(rows @ wide.T).float(), "lora_embedding_B": rows.T.float()}
-        elif not (kind == "bias" and not (wide @ rows.T).any()):
+        elif kind != "bias" or (wide @ rows.T).norm() > ROUNDING * wide.norm():
+            what = "a bias" if kind == "bias" else f"of {type(layer).__name__}, which is no linear layer"
             raise InputError(
-                f"{name} writes along the direction, and a LoRA cannot change it: "
-                + ("it is a bias" if kind == "bias" else f"it is no weight of a linear layer, but of {_kind(layer)}"),
+                f"{name} writes along the direction and cannot be changed by a LoRA: it is {what}",
                 where=str(target),
                 hint="`refusalkit bake` writes a whole checkpoint without the direction",
             )
-
-
-def _kind(layer: Any) -> str:
-    return type(layer).__name__
 
 
 def _adapter_config(checkpoint: Checkpoint, targets: list[str], rank: int) -> dict[str, Any]:

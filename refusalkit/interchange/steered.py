@@ -8,6 +8,7 @@ to the coefficient: 0 removes it. Clamping to 0 at everything that writes the re
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,8 +24,10 @@ from refusalkit.errors import InputError
 from refusalkit.interchange import torch_file
 from refusalkit.interchange.content import Content, Wanted, checked, pick, unreadable
 
-BLOCK = re.compile(r"(?:.*\.)?(\d+)")
-PARALLEL = 1 - 1e-6
+#: A block of a list of blocks, and not an expert of a block.
+BLOCK = re.compile(r"(?:[^.]*[^.\d][^.]*\.)*(\d+)")
+#: The least cosine between directions that count as one.
+SAME = 1 - 1e-6
 
 
 def recognises(path: Path) -> bool:
@@ -54,7 +57,7 @@ def _step(name: Any, step: Any, path: Path) -> tuple[str, Tensor, float]:
     if not isinstance(step, Mapping) or not isinstance(step.get("steering_vector"), Tensor):
         raise unreadable(path, f"{name} has no steering_vector")
     action, scale = step.get("action"), step.get("steering_coefficient", 1.0)
-    if action not in ("add", "clamp") or not isinstance(scale, int | float):
+    if action not in ("add", "clamp") or not (isinstance(scale, int | float) and math.isfinite(scale)):
         raise unreadable(path, f"{name} has the action {action!r} and the coefficient {scale!r}")
     for extra in ("bias", "head_index"):
         if step.get(extra) is not None:
@@ -80,7 +83,7 @@ def _removed(
                 where=str(path),
                 hint="the intervention `clamp` does that in a recipe",
             )
-        if other.shape != vector.shape or (algebra.unit(other.double()) @ algebra.unit(vector.double())) < PARALLEL:
+        if other.shape != vector.shape or _cosine(other, vector) < SAME:
             raise InputError(
                 f"removes another direction at {name} than at {first}",
                 where=str(path),
@@ -89,6 +92,11 @@ def _removed(
     # Where it is removed at one block's output alone, that is where it was found.
     layer = next(iter(blocks)) + 1 if len(steps) == len(blocks) == 1 else wanted.layer
     return Content(vector, layer, wanted.position, operation="ablate")
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    """Return the cosine without its sign: removing a vector removes its opposite."""
+    return abs((algebra.unit(one.double()) @ algebra.unit(other.double())).item())
 
 
 def write(content: Content, target: Path, checkpoint: Checkpoint | None) -> tuple[str, ...]:
