@@ -162,6 +162,18 @@ class Choice(Artifact):
         return sum(row.status in ("chosen", "survivor") for row in self.scores)
 
 
+class Unmodified(Artifact):
+    """Hold what the unmodified model writes to the test prompts, with which every intervention is compared.
+
+    No stage of its own: it is made during `evaluate`, and kept apart because it does not depend on any direction.
+    """
+
+    stage = "baseline"
+
+    completions: dict[Side, tuple[tuple[int, ...], ...]]
+    """Greedy completions as token ids, one a test prompt, of the sides on which a metric looks at them."""
+
+
 class Result(Frozen):
     """Hold one number of the evaluation with its 95% interval."""
 
@@ -176,6 +188,10 @@ class Result(Frozen):
     """How many prompts the number rests on; those without a value are not counted."""
     unit: str
     kind: Literal["rate", "mean"]
+    values: tuple[MaybeNaN, ...] = ()
+    """One value a test prompt, in their order; not-a-number where a prompt has none."""
+    weights: tuple[float, ...] | None = None
+    """What each prompt counts in the mean; null for equally."""
 
 
 class Generated(Frozen):
@@ -213,6 +229,8 @@ class WeightEdit(Frozen):
     max_logit_gap: float
     """Largest difference of last-position logits to activation ablation over the test prompts, over the standard
     deviation of the logits."""
+    plain_logit_gap: float | None = None
+    """The same to the plain weight edit, where this one keeps norms."""
 
 
 class Evaluation(Artifact):

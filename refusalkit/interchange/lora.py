@@ -121,11 +121,11 @@ def _factors(
     module: Any, checkpoint: Checkpoint, basis: Tensor, target: Path
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield each module that writes the stream and its factors A [rank, in] and B [d_model, rank], float32."""
-    for name, weight, _, rows in writers(module, checkpoint.adapter, basis):
-        path, _, kind = name.rpartition(".")
+    for writer in writers(module, checkpoint.adapter, basis):
+        path, _, kind = writer.name.rpartition(".")
         layer = resolve(module, path)
-        wide = algebra.widen(weight)
-        rows = rows.to(wide)
+        wide = algebra.widen(writer.weight)
+        rows = writer.rows.to(wide)
         if isinstance(layer, nn.Linear) and kind == "weight":
             yield path, {"lora_A.weight": -(rows @ wide).float(), "lora_B.weight": rows.T.float()}
         elif isinstance(layer, nn.Embedding):
@@ -133,7 +133,7 @@ def _factors(
         elif kind != "bias" or (wide @ rows.T).norm() > ROUNDING * wide.norm():
             what = "a bias" if kind == "bias" else f"of {type(layer).__name__}, which is no linear layer"
             raise InputError(
-                f"{name} writes along the direction and cannot be changed by a LoRA: it is {what}",
+                f"{writer.name} writes along the direction and cannot be changed by a LoRA: it is {what}",
                 where=str(target),
                 hint="`refusalkit bake` writes a whole checkpoint without the direction",
             )

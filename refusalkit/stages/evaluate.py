@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from refusalkit.artifacts import (
     PromptSplits,
     Result,
     Separation,
+    Unmodified,
     WeightEdit,
 )
 from refusalkit.builtin.interventions import ablate_everywhere
@@ -30,6 +31,8 @@ from refusalkit.recipe import EvaluateSection
 from refusalkit.stages.bench import Bench
 
 SIDES: tuple[Side, Side] = ("harmful", "harmless")
+#: What metrics need that rests on completions of the unmodified model.
+WRITTEN: set[Need] = {"completions", "losses"}
 Tokens = tuple[int, ...]
 
 
@@ -79,20 +82,49 @@ class Outcome:
 Outcomes = dict[tuple[str, Side], Outcome]
 
 
+def complete(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> Unmodified:
+    """Let the unmodified model complete the test prompts, where a metric looks at what it writes.
+
+    Raises `RunError` where no completion comes to an answer.
+    """
+    writing = [each for each in _asked(section, splits, bench) if each.needs & WRITTEN]
+    requests = [Completions(each.openings, NOTHING, each.max_new_tokens) for each in writing]
+    found = bench.engine.run(requests, bench.advance("completions of the unmodified model")) if requests else []
+    written = {each.side: tuple(completions) for each, completions in zip(writing, found, strict=True)}
+    if any(all(bench.template.answer(ids) is None for ids in completions) for completions in written.values()):
+        raise RunError(
+            f"no completion comes to an answer: every thought is longer than {section.max_new_tokens} tokens",
+            where="evaluate.max_new_tokens",
+            hint="raise it, or leave `prompts.thinking` out",
+        )
+    return Unmodified(completions=written)
+
+
 def evaluate(
-    section: EvaluateSection, found: tuple[Activations, Choice], splits: PromptSplits, bench: Bench
+    section: EvaluateSection,
+    found: tuple[Activations, Choice],
+    splits: PromptSplits,
+    unmodified: Unmodified,
+    bench: Bench,
 ) -> Evaluation:
     """Run every intervention, and its random controls, on both sides' test prompts.
 
     Raises `RunError` when an intervention that should act changes no logit.
     """
     activations, choice = found
-    harmless = activations.harmless_mean[activations.positions.index(choice.position)].float()
+    row = activations.positions.index(choice.position)
     direction = Direction(
-        choice.direction.float(), choice.position, choice.layer, len(harmless), activations.site, harmless
+        choice.direction.float(),
+        choice.position,
+        choice.layer,
+        activations.harmless_mean.shape[1],
+        activations.site,
+        activations.harmless_mean[row].float(),
+        activations.harmful_mean[row].float(),
     )
     cases = _cases(section, direction)
-    asked = _completed(_asked(section, splits, bench), bench)
+    written = unmodified.completions
+    asked = [replace(each, completions=written.get(each.side, ())) for each in _asked(section, splits, bench)]
     outcomes, separation = _on_activations(
         [c for c in cases if c.intervention.weights is None], asked, direction, bench
     )
@@ -102,7 +134,7 @@ def evaluate(
             made, edit = _on_weights(case, asked, direction, bench)
             outcomes.update(made)
             edits.append(edit)
-        _check(case, [outcomes[case.label, side] for side in SIDES])
+        _check(case, *([outcomes[label, side] for side in SIDES] for label in (case.label, cases[0].label)))
     results: list[Result] = []
     generated = []
     for case in cases:
@@ -138,11 +170,11 @@ def _control_label(spec: InterventionSpec, number: int) -> str:
 
 
 def _random_like(direction: Direction, seed: int) -> Direction:
-    """Draw a random direction with the norm of `direction`."""
+    """Draw a random direction with the norm of `direction`; gates still read along the one that was found."""
     vector = direction.vector
     draw = torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed))
     scaled = algebra.unit(draw) * vector.norm(dim=-1, keepdim=True)
-    return replace(direction, vector=scaled)
+    return replace(direction, vector=scaled, found=vector)
 
 
 def _asked(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tuple[Asked, ...]:
@@ -160,33 +192,17 @@ def _asked(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tupl
     )
 
 
-def _completed(asked: Sequence[Asked], bench: Bench) -> tuple[Asked, ...]:
-    """Let the unmodified model complete the prompts, where a metric looks at what it writes."""
-    writing = [each for each in asked if each.needs & {"completions", "losses"}]
-    requests = [Completions(each.openings, NOTHING, each.max_new_tokens) for each in writing]
-    found = bench.engine.run(requests, bench.advance("completions of the unmodified model")) if requests else []
-    written = {each.side: tuple(completions) for each, completions in zip(writing, found, strict=True)}
-    if any(all(bench.template.answer(ids) is None for ids in completions) for completions in written.values()):
-        raise RunError(
-            f"no completion comes to an answer: every thought is longer than {asked[0].max_new_tokens} tokens",
-            where="evaluate.max_new_tokens",
-            hint="raise it, or leave `prompts.thinking` out",
-        )
-    return tuple(replace(each, completions=written.get(each.side, ())) for each in asked)
-
-
 def _on_activations(
     cases: Sequence[Case], asked: Sequence[Asked], direction: Direction, bench: Bench
 ) -> tuple[Outcomes, tuple[Separation, ...]]:
     """Ask everything about every case that leaves the weights alone, and how the prompts lie along the direction."""
     interventions = [case.intervention for case in cases]
-    main = direction.vector.reshape(-1, direction.vector.shape[-1])[0]
     requests: dict[tuple[str, Side, str], Request] = {}
     for each in asked:
         requests["", each.side, "readings"] = Readings(
             each.tokens, interventions, each.opener_ids, keep_logits="logits" in each.needs
         )
-        requests["", each.side, "cosines"] = Cosines(each.tokens, main, direction.position, direction.site)
+        requests["", each.side, "cosines"] = Cosines(each.tokens, direction.main, direction.position, direction.site)
         for case in cases:
             requests.update({(case.label, each.side, kind): made for kind, made in _writing(case, each).items()})
     found = bench.engine.run(list(requests.values()), bench.advance("interventions"))
@@ -213,35 +229,45 @@ def _writing(case: Case, asked: Asked) -> dict[str, Request]:
 
 def _on_weights(case: Case, asked: Sequence[Asked], direction: Direction, bench: Bench) -> tuple[Outcomes, WeightEdit]:
     """Run a case with its weights edited, and compare it with the same ablation of the activations."""
-    engine, ablation = bench.engine, ablate_everywhere(direction)
-    assert case.intervention.weights is not None
+    engine, ablation, basis = bench.engine, ablate_everywhere(direction), case.intervention.weights
+    assert basis is not None
+    keeps_norms = case.intervention.keeps_norms
     plain = {each.side: engine.logits(each.tokens) for each in asked}
     expected = {each.side: engine.logits(each.tokens, ablation) for each in asked}
+    simpler: dict[Side, Tensor] = {}
+    if keeps_norms:
+        with engine.edited_weights(basis):
+            simpler = {each.side: engine.logits(each.tokens) for each in asked}
     outcomes: Outcomes = {}
-    gaps = []
-    with engine.edited_weights(case.intervention.weights) as edited:
+    logits: dict[Side, Tensor] = {}
+    with engine.edited_weights(basis, keeps_norms) as edited:
         for each in asked:
-            logits = engine.logits(each.tokens)
+            logits[each.side] = engine.logits(each.tokens)
             writing = _writing(case, each)
             found = engine.run(list(writing.values()), bench.advance(f"{case.label} on {each.side} prompts"))
             answers = dict(zip(writing, found, strict=True))
             outcomes[case.label, each.side] = Outcome(
-                reading(logits, plain[each.side], each.opener_ids, keep_logits=True),
+                reading(logits[each.side], plain[each.side], each.opener_ids, keep_logits=True),
                 plain[each.side],
                 tuple(answers.get("completions", ())),
                 answers.get("losses"),
             )
-            gaps.append(((logits - expected[each.side]).abs().max() / expected[each.side].std()).item())
     return outcomes, WeightEdit(
         label=case.label,
         edited=edited.names,
         untied=edited.untied,
-        claim=engine.adapter.inexact,
-        max_logit_gap=max(gaps),
+        claim="the columns of the blocks' matrices keep their lengths" if keeps_norms else engine.adapter.inexact,
+        max_logit_gap=_gap(logits, expected),
+        plain_logit_gap=_gap(logits, simpler) if keeps_norms else None,
     )
 
 
-def _check(case: Case, outcomes: Sequence[Outcome]) -> None:
+def _gap(logits: Mapping[Side, Tensor], others: Mapping[Side, Tensor]) -> float:
+    return max(((logits[side] - other).abs().max() / other.std()).item() for side, other in others.items())
+
+
+def _check(case: Case, outcomes: Sequence[Outcome], plain: Sequence[Outcome]) -> None:
+    """Refuse numbers that mean nothing, given what the unmodified model did."""
     where = f"evaluate.interventions: {case.label}"
     bad = [side for side, outcome in zip(SIDES, outcomes, strict=True) if not outcome.reading.finite]
     if bad:
@@ -250,13 +276,31 @@ def _check(case: Case, outcomes: Sequence[Outcome]) -> None:
             where=where,
             hint="use a smaller scale, or load the model with `model.dtype: float32`",
         )
-    if case.acts and not any(outcome.reading.moved for outcome in outcomes):
+    if case.acts and not any(_moved(outcome, other) for outcome, other in zip(outcomes, plain, strict=True)):
         raise RunError(
             "changes nothing: the logits of every test prompt are those of the unmodified model",
             where=where,
-            hint="a scale of 0 changes nothing; otherwise the adapter may name modules that do not write the residual "
-            "stream (docs/symptoms.md)",
+            hint=_why_nothing(case.intervention),
         )
+
+
+def _moved(outcome: Outcome, plain: Outcome) -> bool:
+    """Say whether anything that was measured differs: what acts on generated tokens alone moves no first logit."""
+    if outcome.reading.moved or outcome.completions != plain.completions:
+        return True
+    pair = outcome.losses, plain.losses
+    return pair[0] is not None and pair[1] is not None and not torch.equal(pair[0][0], pair[1][0])
+
+
+def _why_nothing(intervention: Intervention) -> str:
+    if intervention.gate is not None:
+        return "its gate opens for no test prompt: set another `threshold`"
+    if intervention.edits and all((edit.tokens[0] or 0) > 0 for edit in intervention.edits):
+        return "it acts on generated tokens alone: measure completions (`refusal_rate`) or losses (`cross_entropy`)"
+    return (
+        "a scale of 0 changes nothing; otherwise the adapter may name modules that do not write the residual stream "
+        "(docs/symptoms.md)"
+    )
 
 
 def _results(
@@ -283,24 +327,24 @@ def _results(
     measured = [(metric, _result(metric, case.label, evidence, seed)) for metric in asked.metrics]
     generated = []
     if texts:
-        verdicts = [values for metric, (_, values) in measured if (metric.kind, metric.needs) == _VERDICT]
+        verdicts = [result.values for metric, result in measured if (metric.kind, metric.needs) == _VERDICT]
         refused = tuple(value == 1 for value in verdicts[0]) if verdicts else None
         generated = [Generated(intervention=case.label, prompts=asked.side, texts=texts, refused=refused)]
-    return [result for _, (result, _) in measured], generated
+    return [result for _, result in measured], generated
 
 
 #: What tells of each completion whether it is a refusal.
 _VERDICT = ("rate", "completions")
 
 
-def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> tuple[Result, tuple[float, ...]]:
+def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> Result:
     measured = metric.measure(evidence)
     if metric.kind == "rate":
         interval = wilson(measured.values)
     else:
         interval = bootstrap(measured.values, measured.weights, seed=seed)
     kind: Literal["rate", "mean"] = metric.kind
-    result = Result(
+    return Result(
         intervention=label,
         prompts=evidence.side,
         metric=metric.metric,
@@ -310,8 +354,9 @@ def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> tuple[
         n=interval.n,
         unit=metric.unit,
         kind=kind,
+        values=measured.values,
+        weights=measured.weights,
     )
-    return result, measured.values
 
 
 def _separation(side: Side, cosines: Tensor) -> Separation:
