@@ -47,9 +47,7 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise InputError("is not a folder", where=str(folder), hint="give the run directory that `refusalkit run` made")
     store = Store(folder)
-    missing = [name for name in READ_FILES if not (folder / name).is_file()]
-    missing += [f"{kind.stage}/" for kind in READ_STAGES if store.key(kind.stage) is None]
-    if missing:
+    if missing := missing_in(folder):
         raise InputError(f"is not a finished run: no {', '.join(missing)}", where=str(folder), hint=AGAIN)
     return Run(
         folder=folder,
@@ -61,6 +59,13 @@ def read_run(folder: Path) -> Run:
         choice=_artifact(store, Choice),
         evaluation=_artifact(store, Evaluation),
     )
+
+
+def missing_in(folder: Path) -> list[str]:
+    """Return what a finished run would have in `folder` and this one has not."""
+    store = Store(folder)
+    missing = [name for name in READ_FILES if not (folder / name).is_file()]
+    return missing + [f"{kind.stage}/" for kind in READ_STAGES if store.key(kind.stage) is None]
 
 
 def _mapping(path: Path) -> dict[str, Any]:

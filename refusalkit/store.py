@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -85,6 +85,15 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
 class Store:
     """Read and write the stage folders of one run directory."""
 
@@ -107,14 +116,14 @@ class Store:
         whole = isinstance(document, dict) and isinstance(document.get("value"), dict) and "key" in document
         return document if whole else None
 
-    def load(self, kind: type[A], key: str | None = None) -> A | None:
-        """Return the artifact of `kind`, or None where there is none with this key (any key, when None).
+    def load(self, kind: type[A], keys: Collection[str] | None = None) -> A | None:
+        """Return the artifact of `kind`, or None where there is none under one of `keys` (any key, when None).
 
         Files that cannot be read count as none. Raises `ValidationError` for the value of another version when no key
-        is given; with a key it too counts as none, so that the stage is run again.
+        is given; with keys it too counts as none, so that the stage is run again.
         """
         head = self._head(kind.stage)
-        if head is None or (key is not None and head["key"] != key):
+        if head is None or (keys is not None and head["key"] not in keys):
             return None
         fields: dict[str, Any] = dict(head["value"])
         tensors = self.folder / kind.stage / "tensors.safetensors"
@@ -129,9 +138,41 @@ class Store:
         try:
             return kind.model_validate(fields)
         except ValidationError:
-            if key is None:
+            if keys is None:
                 raise
             return None
+
+    def adopt(self, stage: str, keys: Collection[str], beside: Iterable[Path]) -> Path | None:
+        """Take over the finished artifact of `stage` from the first run `beside` this one that has it under one of
+        `keys`, and return that run's folder; None where there is none.
+
+        Files are linked where the file system can, since they are never changed in place, and copied elsewhere.
+        """
+        final, draft = self.folder / stage, self._draft(stage)
+        for folder in beside:
+            if Store(folder).key(stage) not in keys:
+                continue
+            try:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir(parents=True)
+                # Its key last: where the other run replaces the stage meanwhile, it is the new one's and does not fit.
+                for name in ("tensors.safetensors", "artifact.json"):
+                    if (folder / stage / name).exists():
+                        _link(folder / stage / name, draft / name)
+                if Store(self.folder).key(draft.name) in keys:
+                    _remove(final)
+                    os.replace(draft, final)
+                    return folder
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise cannot_write(final, error) from None
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        return None
+
+    def _draft(self, stage: str) -> Path:
+        return self.folder / f".{stage}.{os.getpid()}.tmp"
 
     def save(self, artifact: Artifact, key: str, metadata: Mapping[str, str]) -> None:
         """Write an artifact under `key`; the folder appears whole or not at all."""
@@ -143,7 +184,7 @@ class Store:
             if isinstance(value := getattr(artifact, name), torch.Tensor)
         }
         final = self.folder / artifact.stage
-        draft = self.folder / f".{artifact.stage}.{os.getpid()}.tmp"
+        draft = self._draft(artifact.stage)
         try:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)

@@ -19,19 +19,20 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: From the bottom up: a module imports from its own layer and from those below it. Packages count as one.
 LAYERS = (
-    ("errors", "algebra", "intervals", "progress"),
+    ("errors", "algebra", "intervals", "paired", "progress"),
     ("adapter", "strategy", "selector", "intervention", "metric", "prompt_source"),
     ("hookspecs", "artifacts", "store", "prompt_split", "template", "tiny"),
     ("builtin",),
     ("registry",),
-    ("recipe", "recipe_faults", "recipe_file"),
+    ("recipe", "recipe_faults", "recipe_file", "sweep"),
     ("checkpoint",),
     ("engine",),
-    ("stages", "testing"),
+    ("stages", "testing", "sharing"),
     ("plan",),
-    ("run_directory", "report"),
-    ("plan_text", "adapter_check", "bake", "pipeline"),
-    ("python", "reproduction"),
+    ("run_directory", "sweep_folder", "report"),
+    ("adapter_check", "bake", "pipeline"),
+    ("batch", "worker", "plan_text"),
+    ("many", "python", "reproduction"),
     ("cli",),
     ("__main__", "reference"),
 )
@@ -127,7 +128,9 @@ def test_algebra_imports_torch_only() -> None:
     assert modules - {"__future__", "collections", "math"} == {"torch"}
 
 
-@pytest.mark.parametrize("name", ["errors", "recipe", "recipe_file", "recipe_faults", "registry", "hookspecs", "cli"])
+@pytest.mark.parametrize(
+    "name", ["errors", "recipe", "recipe_file", "sweep", "recipe_faults", "registry", "hookspecs", "cli"]
+)
 def test_what_starts_at_once_imports_nothing_heavy_at_its_top(name: str) -> None:
     tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
     top = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names}

@@ -67,6 +67,18 @@ def chunks(lengths: Sequence[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(order[start : start + size]) for start in range(0, len(order), size)]
 
 
+def halved(groups: Sequence[tuple[int, ...]], size: int) -> list[tuple[int, ...]]:
+    """Split groups further, in their order, into groups of at most `size`."""
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
+def prefix_inputs(prefix: Tokens, rows: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the model's inputs for `rows` passes over the shared front."""
+    ids = torch.tensor([prefix], device=device).repeat(rows, 1)
+    positions = torch.arange(len(prefix), device=device)[None].repeat(rows, 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+
+
 def batch(prompts: Sequence[Tokens], indices: Sequence[int], prefix: int, pad_id: int, device: torch.device) -> Batch:
     """Pad the prompts at `indices`, dropping their first `prefix` tokens."""
     rows = [prompts[index][prefix:] for index in indices]

@@ -21,7 +21,7 @@ from torch import Tensor
 from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.engine import attribution, blocks, weights
-from refusalkit.engine.batch import Batch, Tokens, batch, chunks, shared_prefix
+from refusalkit.engine.batch import Batch, Tokens, batch, chunks, halved, prefix_inputs, shared_prefix
 from refusalkit.engine.layout import layout_of
 from refusalkit.engine.lower import Pack, counted_from, lower, packs
 from refusalkit.engine.memory import out_of_memory
@@ -69,7 +69,8 @@ class Engine:
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
         self.prompt_passes = 0.0
-        """How many forward passes of one prompt through all layers have run; partial passes count in part."""
+        """How many forward passes of one prompt through all layers have run. Partial passes count in part, and the
+        tokens of a completion by their share of the prompt."""
         self.shares_prefix = True
         # transformers 5.24 renames the argument.
         renamed = "cache" in inspect.signature(self.module.forward).parameters
@@ -275,7 +276,7 @@ class Engine:
         program = counted_from(lower(pack.interventions, self.layout, 1, self.device), -1)
         skip = self._skip(start, clean.prefix_resid[start] if clean is not None and start else None, times)
         options = {"logits_to_keep": 1, **self._with_cache(cache)}
-        blocks.last_logits(self.model, _prefix_inputs(prefix, times, self.device), program, options, skip)
+        blocks.last_logits(self.model, prefix_inputs(prefix, times, self.device), program, options, skip)
         if start and clean is not None:
             # Layers that did not run have left no keys; theirs are the unmodified model's.
             below = copy.deepcopy(clean.prefix_cache)
@@ -296,7 +297,7 @@ class Engine:
         cache = None
         if prefix:
             cache = self._empty_cache()
-            inputs = _prefix_inputs(prefix, 1, self.device)
+            inputs = prefix_inputs(prefix, 1, self.device)
             # Not stopped after the last input: the cache needs the last block too.
             last = lower([NOTHING], self.layout, 1, self.device, [*reads, ("resid_post", self.n_layers - 1)])
             front = blocks.read(self.model, inputs, last, None, self._with_cache(cache))
@@ -339,6 +340,8 @@ class Engine:
             else:
                 program = lower([intervention], self.layout, len(group.indices), self.device)
                 ids = blocks.generate(self.model, inputs, program, options)
+            # The last token is not read again.
+            self.prompt_passes += len(group.indices) * (ids.shape[1] - 1) / group.input_ids.shape[1]
             for index, row in zip(group.indices, ids[:, group.input_ids.shape[1] :].tolist(), strict=True):
                 ends = [place for place, token in enumerate(row) if token in stops]
                 found[index] = tuple(row[: ends[0]] if ends else row)
@@ -362,6 +365,7 @@ class Engine:
             program = counted_from(program, counts[rows, None].to(self.device))
             options = {"logits_to_keep": width, "use_cache": False}
             losses[rows] = blocks.completion_losses(self.model, group.repeated(1), program, targets, options).cpu()
+            self.prompt_passes += sum(len(whole[index]) / len(prompts[index]) for index in rows)
 
         self._over(whole, run, share=False)
         return losses, counts
@@ -418,7 +422,7 @@ class Engine:
                         hint="use a smaller dtype, a shorter prompt or a larger device",
                     ) from None
                 self.batch_size = max(1, len(indices) // 2)
-                pending = _halved([indices, *pending], self.batch_size)
+                pending = halved([indices, *pending], self.batch_size)
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 continue
@@ -429,7 +433,7 @@ class Engine:
     def _shared_cache(self, prefix: Tokens) -> Any:
         cache = self._empty_cache()
         options = {"logits_to_keep": 1, **self._with_cache(cache)}
-        blocks.last_logits(self.model, _prefix_inputs(prefix, 1, self.device), (), options, ((), None))
+        blocks.last_logits(self.model, prefix_inputs(prefix, 1, self.device), (), options, ((), None))
         return cache
 
     def _with_cache(self, cache: Any) -> dict[str, Any]:
@@ -465,16 +469,6 @@ def _start(pack: Pack, clean: Clean | None) -> int:
 
 
 _PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
-
-
-def _halved(groups: Sequence[tuple[int, ...]], size: int) -> list[tuple[int, ...]]:
-    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-
-
-def _prefix_inputs(prefix: Tokens, rows: int, device: torch.device) -> dict[str, Tensor]:
-    ids = torch.tensor([prefix], device=device).repeat(rows, 1)
-    positions = torch.arange(len(prefix), device=device)[None].repeat(rows, 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
 
 
 def _reduce(logits: Tensor, measure: Measure, rows: Sequence[int], times: int) -> Tensor:
