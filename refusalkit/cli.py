@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from refusalkit.errors import InputError, RefusalkitError
+from refusalkit import safety_commands
+from refusalkit.errors import InputError, Interrupted, RefusalkitError
 
 if TYPE_CHECKING:
     from refusalkit.batch import Batch
@@ -59,10 +60,6 @@ Settings = Annotated[
 ]
 
 
-class Interrupted(BaseException):
-    """Stop on Ctrl-C; nothing in between may take it for an ordinary error."""
-
-
 def main() -> None:
     """Run the command line and turn errors into messages and exit statuses."""
     signal.signal(signal.SIGINT, _interrupt)
@@ -74,13 +71,13 @@ def main() -> None:
     except RefusalkitError as error:
         _say(error)
         sys.exit(error.exit_status)
-    except Interrupted:
-        print("\ninterrupted; finished stages are kept, and the same command goes on from there", file=sys.stderr)
+    except Interrupted as stop:
+        print(f"\ninterrupted; {stop}", file=sys.stderr)
         sys.exit(130)
 
 
 def _interrupt(*_: object) -> None:
-    raise Interrupted
+    raise Interrupted("finished stages are kept, and the same command goes on from there")
 
 
 def _say(error: RefusalkitError) -> None:
@@ -375,6 +372,9 @@ def bake(
     edited = write_checkpoint(checkpoint, choice, out)
     print(f"{len(edited.names)} parameters changed", file=sys.stderr)
     print(out)
+
+
+app.command()(safety_commands.monitor)
 
 
 @app.command()
