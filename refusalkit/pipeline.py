@@ -190,8 +190,11 @@ def check_folder(plan: Plan, out: Path) -> None:
 
 
 def _claim(plan: Plan, out: Path) -> None:
+    """Make `out` this recipe's folder, and clear away what a process that was killed there left half-written."""
     # Again, now that nobody else can change it.
     check_folder(plan, out)
+    for draft in out.glob(".*.tmp/"):
+        shutil.rmtree(draft, ignore_errors=True)
     text = yaml.safe_dump(_resolved(plan), sort_keys=False, allow_unicode=True, width=110)
     write_text(out / "recipe.yaml", "# The recipe as it was run, with every default filled in.\n" + text)
 

@@ -32,8 +32,8 @@ LAYERS = (
     ("run_directory", "sweep_folder", "report"),
     ("adapter_check", "bake", "pipeline"),
     ("batch", "worker", "plan_text"),
-    ("many", "python", "reproduction", "interchange"),
-    ("cli",),
+    ("many", "python", "reproduction", "interchange", "monitor", "audit"),
+    ("cli", "safety_commands"),
     ("__main__", "reference"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
