@@ -140,6 +140,14 @@ def command() -> Command:
     return run
 
 
+def install(site: Path, distribution: str, module: str, group: str = "refusalkit") -> None:
+    """Do to a folder on the path what pip does in installing a plugin: name its entry point."""
+    info = site / f"{distribution.replace('-', '_')}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{module} = {module}\n", encoding="utf-8")
+
+
 def one_hint(said: Sequence[str]) -> bool:
     """Say whether a message ends in exactly one hint."""
     return sum(line.startswith("hint: ") for line in said) == 1 and said[-1].startswith("hint: ")

@@ -30,15 +30,15 @@ LAYERS = (
     ("stages", "testing"),
     ("plan",),
     ("run_directory", "report"),
-    ("plan_text", "adapter_check", "bake", "pipeline"),
+    ("plan_text", "adapter_check", "bake", "pipeline", "plugin"),
     ("python", "reproduction"),
-    ("cli",),
+    ("cli", "cli_plugins", "pytest_plugin"),
     ("__main__", "reference"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 #: Whatever a stranger's code or files raise there becomes a message.
-MAY_CATCH_EVERYTHING = {"registry.py", "checkpoint.py"}
+MAY_CATCH_EVERYTHING = {"registry.py", "checkpoint.py", "law_sets.py", "check.py"}
 VAGUE = {"utils", "util", "core", "base", "manager", "helpers", "common", "misc"}
 
 
@@ -127,7 +127,20 @@ def test_algebra_imports_torch_only() -> None:
     assert modules - {"__future__", "collections", "math"} == {"torch"}
 
 
-@pytest.mark.parametrize("name", ["errors", "recipe", "recipe_file", "recipe_faults", "registry", "hookspecs", "cli"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "errors",
+        "recipe",
+        "recipe_file",
+        "recipe_faults",
+        "registry",
+        "hookspecs",
+        "cli",
+        "cli_plugins",
+        "pytest_plugin",
+    ],
+)
 def test_what_starts_at_once_imports_nothing_heavy_at_its_top(name: str) -> None:
     tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
     top = {alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
@@ -230,6 +243,7 @@ def test_everything_public_says_what_it_is_for() -> None:
         "reproduction/published.json",
         "reproduction/gemma-2b-it.yaml",
         *[f"builtin/prompts/{name}.jsonl" for name in ("harmful", "harmless", "over_refusal")],
+        *[f"plugin/template/{name}.j2" for name in ("README.md", "pyproject.toml", "module.py", "test_module.py")],
         *[f"tiny/checkpoints/llama/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")],
     ],
 )
