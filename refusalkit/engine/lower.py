@@ -32,6 +32,10 @@ class Pack(NamedTuple):
         """The lowest layer that any of them touches."""
         return self.interventions[0].first_layer
 
+    def of(self, rows: Sequence[int]) -> Pack:
+        """Return some of the interventions."""
+        return Pack(tuple(self.indices[row] for row in rows), tuple(self.interventions[row] for row in rows))
+
 
 def place(layout: Layout, site: Site, layer: int) -> tuple[str, bool]:
     """Return the module path of a site, and whether the site is that module's input."""

@@ -228,6 +228,8 @@ def check_metric(metric: Metric) -> tuple[Law, ...]:
             prompts=("a", "b", "c", "d"),
             opener_ids=(1, 2),
             completions=texts,
+            refusal_scores=torch.randn(4, generator=generator, dtype=torch.float64),
+            kl_nats=torch.rand(4, generator=generator, dtype=torch.float64),
             logits=logits,
             baseline_logits=logits + 0.1 * torch.randn((4, 16), generator=generator),
             losses=torch.rand(4, generator=generator, dtype=torch.float64) * 9,
