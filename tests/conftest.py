@@ -140,11 +140,12 @@ def command() -> Command:
     return run
 
 
-def install(site: Path, distribution: str, module: str, group: str = "refusalkit") -> None:
+def install(site: Path, distribution: str, module: str, group: str = "refusalkit", version: str = "1.0") -> None:
     """Do to a folder on the path what pip does in installing a plugin: name its entry point."""
-    info = site / f"{distribution.replace('-', '_')}-1.0.dist-info"
+    info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n", encoding="utf-8")
+    metadata = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+    (info / "METADATA").write_text(metadata, encoding="utf-8")
     (info / "entry_points.txt").write_text(f"[{group}]\n{module} = {module}\n", encoding="utf-8")
 
 
