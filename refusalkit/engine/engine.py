@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from refusalkit.adapter import Adapter
 from refusalkit.engine import attribution, blocks, weights
 from refusalkit.engine.batch import Batch, Tokens, batch, chunks, halved, prefix_inputs, shared_prefix
 from refusalkit.engine.layout import layout_of
-from refusalkit.engine.lower import Pack, lower, packs
+from refusalkit.engine.lower import Pack, counted_from, lower, packs
 from refusalkit.engine.memory import out_of_memory
 from refusalkit.engine.request import Request, answer
 from refusalkit.errors import RunError
@@ -135,7 +134,7 @@ class Engine:
         """Return the last-position logits [prompt, d_vocab], on the CPU, in float32 or wider."""
         found: dict[int, Tensor] = {}
         pack = Pack((0,), (intervention or NOTHING,))
-        prefix = self._prefix(prompts, keep=1)
+        prefix = self._prefix(prompts, keep=1, interventions=pack.interventions)
 
         def run(group: Batch, options: dict[str, Any]) -> None:
             front = self._front(pack, prefix, None) if prefix else None
@@ -160,7 +159,7 @@ class Engine:
             measure = replace(measure, reference=self.logits(prompts))
         values = torch.full((len(interventions), len(prompts)), math.nan, dtype=torch.float64)
         limit = math.inf if measure.stop_above is None else measure.stop_above * len(prompts)
-        prefix = self._prefix(prompts, keep=1)
+        prefix = self._prefix(prompts, keep=1, interventions=interventions)
         done, total = 0, len(interventions) * len(prompts)
 
         def alive(indices: Iterable[int]) -> list[int]:
@@ -272,7 +271,8 @@ class Engine:
             below.batch_repeat_interleave(times)
             return below
         cache = self._empty_cache()
-        program = lower(pack.interventions, self.layout, 1, self.device)
+        # The prompt's last token is not in the front, so nothing that starts there reaches it.
+        program = counted_from(lower(pack.interventions, self.layout, 1, self.device), -1)
         skip = self._skip(start, clean.prefix_resid[start] if clean is not None and start else None, times)
         options = {"logits_to_keep": 1, **self._with_cache(cache)}
         blocks.last_logits(self.model, prefix_inputs(prefix, times, self.device), program, options, skip)
@@ -338,8 +338,7 @@ class Engine:
                 ids = blocks.generate_plainly(self.model, inputs, options)
             else:
                 program = lower([intervention], self.layout, len(group.indices), self.device)
-                with _one_step_too_many():
-                    ids = blocks.generate(self.model, inputs, program, options)
+                ids = blocks.generate(self.model, inputs, program, options)
             for index, row in zip(group.indices, ids[:, group.input_ids.shape[1] :].tolist(), strict=True):
                 ends = [place for place, token in enumerate(row) if token in stops]
                 found[index] = tuple(row[: ends[0]] if ends else row)
@@ -356,28 +355,29 @@ class Engine:
         whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
 
         def run(group: Batch, _: dict[str, Any]) -> None:
-            width = int(counts[list(group.indices)].max()) + 1
-            columns = torch.arange(width, 0, -1)
-            mask = columns[None] <= counts[list(group.indices), None]
-            targets = (group.input_ids[:, -width:], mask)
-            program = lower([intervention or NOTHING], self.layout, len(group.indices), self.device)
+            rows = list(group.indices)
+            width = int(counts[rows].max()) + 1
+            targets = (group.input_ids[:, -width:], torch.arange(width, 0, -1)[None] <= counts[rows, None])
+            program = lower([intervention or NOTHING], self.layout, len(rows), self.device)
+            program = counted_from(program, counts[rows, None].to(self.device))
             options = {"logits_to_keep": width, "use_cache": False}
-            rows = blocks.completion_losses(self.model, group.repeated(1), program, targets, options)
-            losses[list(group.indices)] = rows.cpu()
+            losses[rows] = blocks.completion_losses(self.model, group.repeated(1), program, targets, options).cpu()
 
         self._over(whole, run, share=False)
         return losses, counts
 
     @contextmanager
-    def edited_weights(self, basis: Tensor) -> Iterator[weights.Edited]:
+    def edited_weights(self, basis: Tensor, keep_norms: bool = False) -> Iterator[weights.Edited]:
         """Remove `basis` [rank, d_model] from every weight that writes the residual stream, and put it back after."""
-        with weights.edited(self.module, self.adapter, basis) as edited:
+        with weights.edited(self.module, self.adapter, basis, keep_norms) as edited:
             yield edited
 
     # -- batching ----------------------------------------------------------------------------------------------
 
-    def _prefix(self, prompts: Sequence[Tokens], keep: int) -> Tokens:
-        if not self.shares_prefix or not self._cache_can_be_shared(max(len(prompt) for prompt in prompts)):
+    def _prefix(self, prompts: Sequence[Tokens], keep: int, interventions: Sequence[Intervention] = ()) -> Tokens:
+        # What a gate decides at the end of a prompt changes its front.
+        shares = self.shares_prefix and all(intervention.gate is None for intervention in interventions)
+        if not shares or not self._cache_can_be_shared(max(len(prompt) for prompt in prompts)):
             return ()
         return shared_prefix(prompts, keep)
 
@@ -483,13 +483,3 @@ def _check_lengths(prompts: Sequence[Tokens], positions: Sequence[int]) -> None:
             where="capture.positions",
             hint="capture positions nearer to the end",
         )
-
-
-@contextmanager
-def _one_step_too_many() -> Iterator[None]:
-    """Silence nnsight's word that an open loop over decode steps asked for one more than there were."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*was never reached: the loop asked for a step", category=UserWarning
-        )
-        yield

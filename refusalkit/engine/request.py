@@ -7,7 +7,7 @@ of them travel as one job, so each asks for the smallest thing that answers the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,9 +135,14 @@ def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
         case Openings():
             return opened([engine.logits(group) for group in request.groups], request.token_ids, request.most)
         case Readings(prompts, interventions, token_ids, keep_logits):
-            reference = engine.logits(prompts)
-            changed = (engine.logits(prompts, each) if each.edits else reference for each in interventions)
-            return [reading(logits, reference, token_ids, keep_logits) for logits in changed]
+            plain = engine.logits(prompts)
+            read = []
+            for each in interventions:
+                # A gate shares no front between prompts: beside an equal pass, those it turns away keep every bit.
+                reference = plain if each.gate is None else engine.logits(prompts, replace(each, edits=()))
+                logits = engine.logits(prompts, each) if each.edits else reference
+                read.append(reading(logits, reference, token_ids, keep_logits))
+            return read
         case Completions(prompts, intervention, max_new_tokens):
             return engine.generate(prompts, intervention, max_new_tokens, advance)
         case Losses(prompts, completions, intervention):

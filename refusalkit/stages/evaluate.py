@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -87,9 +87,15 @@ def evaluate(
     Raises `RunError` when an intervention that should act changes no logit.
     """
     activations, choice = found
-    harmless = activations.harmless_mean[activations.positions.index(choice.position)].float()
+    row = activations.positions.index(choice.position)
     direction = Direction(
-        choice.direction.float(), choice.position, choice.layer, len(harmless), activations.site, harmless
+        choice.direction.float(),
+        choice.position,
+        choice.layer,
+        activations.harmless_mean.shape[1],
+        activations.site,
+        activations.harmless_mean[row].float(),
+        activations.harmful_mean[row].float(),
     )
     cases = _cases(section, direction)
     asked = _completed(_asked(section, splits, bench), bench)
@@ -102,7 +108,7 @@ def evaluate(
             made, edit = _on_weights(case, asked, direction, bench)
             outcomes.update(made)
             edits.append(edit)
-        _check(case, [outcomes[case.label, side] for side in SIDES])
+        _check(case, *([outcomes[label, side] for side in SIDES] for label in (case.label, cases[0].label)))
     results: list[Result] = []
     generated = []
     for case in cases:
@@ -138,11 +144,11 @@ def _control_label(spec: InterventionSpec, number: int) -> str:
 
 
 def _random_like(direction: Direction, seed: int) -> Direction:
-    """Draw a random direction with the norm of `direction`."""
+    """Draw a random direction with the norm of `direction`; gates still read along the one that was found."""
     vector = direction.vector
     draw = torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed))
     scaled = algebra.unit(draw) * vector.norm(dim=-1, keepdim=True)
-    return replace(direction, vector=scaled)
+    return replace(direction, vector=scaled, found=vector)
 
 
 def _asked(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tuple[Asked, ...]:
@@ -180,13 +186,12 @@ def _on_activations(
 ) -> tuple[Outcomes, tuple[Separation, ...]]:
     """Ask everything about every case that leaves the weights alone, and how the prompts lie along the direction."""
     interventions = [case.intervention for case in cases]
-    main = direction.vector.reshape(-1, direction.vector.shape[-1])[0]
     requests: dict[tuple[str, Side, str], Request] = {}
     for each in asked:
         requests["", each.side, "readings"] = Readings(
             each.tokens, interventions, each.opener_ids, keep_logits="logits" in each.needs
         )
-        requests["", each.side, "cosines"] = Cosines(each.tokens, main, direction.position, direction.site)
+        requests["", each.side, "cosines"] = Cosines(each.tokens, direction.main, direction.position, direction.site)
         for case in cases:
             requests.update({(case.label, each.side, kind): made for kind, made in _writing(case, each).items()})
     found = bench.engine.run(list(requests.values()), bench.advance("interventions"))
@@ -213,35 +218,45 @@ def _writing(case: Case, asked: Asked) -> dict[str, Request]:
 
 def _on_weights(case: Case, asked: Sequence[Asked], direction: Direction, bench: Bench) -> tuple[Outcomes, WeightEdit]:
     """Run a case with its weights edited, and compare it with the same ablation of the activations."""
-    engine, ablation = bench.engine, ablate_everywhere(direction)
-    assert case.intervention.weights is not None
+    engine, ablation, basis = bench.engine, ablate_everywhere(direction), case.intervention.weights
+    assert basis is not None
+    keeps_norms = case.intervention.keeps_norms
     plain = {each.side: engine.logits(each.tokens) for each in asked}
     expected = {each.side: engine.logits(each.tokens, ablation) for each in asked}
+    simpler: dict[Side, Tensor] = {}
+    if keeps_norms:
+        with engine.edited_weights(basis):
+            simpler = {each.side: engine.logits(each.tokens) for each in asked}
     outcomes: Outcomes = {}
-    gaps = []
-    with engine.edited_weights(case.intervention.weights) as edited:
+    logits: dict[Side, Tensor] = {}
+    with engine.edited_weights(basis, keeps_norms) as edited:
         for each in asked:
-            logits = engine.logits(each.tokens)
+            logits[each.side] = engine.logits(each.tokens)
             writing = _writing(case, each)
             found = engine.run(list(writing.values()), bench.advance(f"{case.label} on {each.side} prompts"))
             answers = dict(zip(writing, found, strict=True))
             outcomes[case.label, each.side] = Outcome(
-                reading(logits, plain[each.side], each.opener_ids, keep_logits=True),
+                reading(logits[each.side], plain[each.side], each.opener_ids, keep_logits=True),
                 plain[each.side],
                 tuple(answers.get("completions", ())),
                 answers.get("losses"),
             )
-            gaps.append(((logits - expected[each.side]).abs().max() / expected[each.side].std()).item())
     return outcomes, WeightEdit(
         label=case.label,
         edited=edited.names,
         untied=edited.untied,
-        claim=engine.adapter.inexact,
-        max_logit_gap=max(gaps),
+        claim="the columns of the blocks' matrices keep their lengths" if keeps_norms else engine.adapter.inexact,
+        max_logit_gap=_gap(logits, expected),
+        plain_logit_gap=_gap(logits, simpler) if keeps_norms else None,
     )
 
 
-def _check(case: Case, outcomes: Sequence[Outcome]) -> None:
+def _gap(logits: Mapping[Side, Tensor], others: Mapping[Side, Tensor]) -> float:
+    return max(((logits[side] - other).abs().max() / other.std()).item() for side, other in others.items())
+
+
+def _check(case: Case, outcomes: Sequence[Outcome], plain: Sequence[Outcome]) -> None:
+    """Refuse numbers that mean nothing, given what the unmodified model did."""
     where = f"evaluate.interventions: {case.label}"
     bad = [side for side, outcome in zip(SIDES, outcomes, strict=True) if not outcome.reading.finite]
     if bad:
@@ -250,13 +265,31 @@ def _check(case: Case, outcomes: Sequence[Outcome]) -> None:
             where=where,
             hint="use a smaller scale, or load the model with `model.dtype: float32`",
         )
-    if case.acts and not any(outcome.reading.moved for outcome in outcomes):
+    if case.acts and not any(_moved(outcome, other) for outcome, other in zip(outcomes, plain, strict=True)):
         raise RunError(
             "changes nothing: the logits of every test prompt are those of the unmodified model",
             where=where,
-            hint="a scale of 0 changes nothing; otherwise the adapter may name modules that do not write the residual "
-            "stream (docs/symptoms.md)",
+            hint=_why_nothing(case.intervention),
         )
+
+
+def _moved(outcome: Outcome, plain: Outcome) -> bool:
+    """Say whether anything that was measured differs: what acts on generated tokens alone moves no first logit."""
+    if outcome.reading.moved or outcome.completions != plain.completions:
+        return True
+    pair = outcome.losses, plain.losses
+    return pair[0] is not None and pair[1] is not None and not torch.equal(pair[0][0], pair[1][0])
+
+
+def _why_nothing(intervention: Intervention) -> str:
+    if intervention.gate is not None:
+        return "its gate opens for no test prompt: set another `threshold`"
+    if intervention.edits and all((edit.tokens[0] or 0) > 0 for edit in intervention.edits):
+        return "it acts on generated tokens alone: measure completions (`refusal_rate`) or losses (`cross_entropy`)"
+    return (
+        "a scale of 0 changes nothing; otherwise the adapter may name modules that do not write the residual stream "
+        "(docs/symptoms.md)"
+    )
 
 
 def _results(
