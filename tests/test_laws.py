@@ -13,8 +13,9 @@ import transformers
 from refusalkit import algebra
 from refusalkit.adapter import Adapter, Write
 from refusalkit.builtin.adapters import ADAPTERS, GEMMA2, GEMMA4, GPT_NEOX, LLAMA, QWEN3_5
+from refusalkit.builtin.components import Affine, Clamp, MeanAblate
 from refusalkit.builtin.estimators import Pca, Som
-from refusalkit.builtin.interventions import Affine, Clamp, MeanAblate, Steer
+from refusalkit.builtin.interventions import Steer
 from refusalkit.builtin.selectors import Causal
 from refusalkit.checkpoint import open_checkpoint
 from refusalkit.engine.load import load_module

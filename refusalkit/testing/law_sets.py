@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from functools import cache, partial
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -17,7 +17,8 @@ from refusalkit.adapter import Adapter
 from refusalkit.builtin.adapters import LLAMA
 from refusalkit.engine.engine import Engine
 from refusalkit.errors import InputError
-from refusalkit.registry import Owner, Registry, load_registry, unpackaged
+from refusalkit.recipe import Recipe, recipe_type
+from refusalkit.registry import Owner, Registry, default_of, load_registry, unpackaged
 from refusalkit.testing.laws import (
     Law,
     check_adapter,
@@ -30,7 +31,6 @@ from refusalkit.testing.laws import (
 from refusalkit.testing.models import random_engine, random_model
 
 Check = Callable[[], tuple[Law, ...]]
-Provider = TypeVar("Provider", bound=BaseModel)
 
 
 class UncheckedError(Exception):
@@ -56,11 +56,16 @@ class LawSet:
 
 def law_sets(registry: Registry, owner: str | None = None) -> list[LawSet]:
     """List the sets of laws of everything that one distribution, or every one, provides; nothing is checked yet."""
+
+    @cache
+    def recipe() -> type[Recipe]:
+        return recipe_type(registry)
+
     return [
         LawSet(by, kind, name, on, check)
         for (hook, name), by in registry.owners.items()
         if owner in (None, by.name)
-        for kind, on, check in _sets(hook, getattr(registry, hook.removeprefix("refusalkit_"))[name])
+        for kind, on, check in _sets(hook, getattr(registry, hook.removeprefix("refusalkit_"))[name], recipe)
     ]
 
 
@@ -79,19 +84,23 @@ def broken_laws(plugin: object) -> list[str]:
     return broken
 
 
-def _sets(hook: str, value: Any) -> Iterator[tuple[str, str, Check]]:
+def _sets(hook: str, value: Any, recipe: Callable[[], type[Recipe]]) -> Iterator[tuple[str, str, Check]]:
     """Yield what a thing is, what it is checked on, and how."""
     match hook:
         case "refusalkit_adapters":
             yield from (("adapter", on, check) for on, check in _adapter_sets(value))
         case "refusalkit_strategies":
-            yield "strategy", "", lambda: check_strategy(example(value))
+            yield "strategy", "", lambda: check_strategy(_asked(value, "strategy", recipe()).find)
         case "refusalkit_selectors":
-            yield "selector", "", lambda: check_selector(example(value), _llama())
+            yield "selector", "", lambda: check_selector(_asked(value, "selector", recipe()).select, _llama())
         case "refusalkit_interventions":
-            yield "intervention", "", lambda: check_intervention(example(value), _llama())
+            yield (
+                "intervention",
+                "",
+                lambda: check_intervention(_asked(value, "intervention", recipe()).evaluate.interventions[0], _llama()),
+            )
         case "refusalkit_metrics":
-            yield "metric", "", lambda: check_metric(example(value))
+            yield "metric", "", lambda: check_metric(_asked(value, "metric", recipe()).evaluate.metrics[0])
         case "refusalkit_prompt_sources":
             yield "prompt source", "", lambda: check_prompt_source(value)
 
@@ -127,12 +136,12 @@ def _check_adapter(adapter: Adapter, architecture: str, tied: bool) -> tuple[Law
     return check_adapter(adapter, model)
 
 
-def example(provider: type[Provider]) -> Provider:
-    """Make a strategy, selector, intervention or metric of its defaults, and of examples where there is no default.
+def _asked(provider: type[BaseModel], kind: str, recipe: type[Recipe]) -> Recipe:
+    """Ask for a thing in a recipe, by its defaults, and by its examples where there is no default.
 
     Raises `InputError` when an option has neither.
     """
-    options = {}
+    asked = {kind: default_of(provider, kind)}
     for key, option in provider.model_fields.items():
         if option.is_required():
             if not option.examples:
@@ -141,5 +150,12 @@ def example(provider: type[Provider]) -> Provider:
                     where=provider.__name__,
                     hint=f"declare one: `{key}: Annotated[..., Field(examples=[...])]`",
                 )
-            options[key] = option.examples[0]
-    return provider(**options)
+            asked[key] = option.examples[0]
+    sections: dict[str, Any] = {
+        "strategy": {"find": asked},
+        "selector": {"select": asked},
+        "intervention": {"evaluate": {"interventions": [asked]}},
+        "metric": {"evaluate": {"metrics": [asked]}},
+    }
+    prompts = {"harmful": "tiny:harmful", "harmless": "tiny:harmless"}
+    return recipe.model_validate({"name": "laws", "model": {"id": "tiny:llama"}, "prompts": prompts, **sections[kind]})

@@ -65,8 +65,9 @@ def check_adapter(adapter: Adapter, module: Any, *, tokenizer: Any = None) -> tu
 
 def _direction(engine: Engine, seed: int = 0) -> Direction:
     vector = torch.randn(engine.d_model, generator=torch.Generator().manual_seed(seed))
-    harmless = torch.randn((engine.n_layers, engine.d_model), generator=torch.Generator().manual_seed(4))
-    return Direction(vector, -1, engine.n_layers // 2, engine.n_layers, harmless=harmless)
+    shape, generator = (engine.n_layers, engine.d_model), torch.Generator().manual_seed(4)
+    harmless, harmful = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    return Direction(vector, -1, engine.n_layers // 2, engine.n_layers, harmless=harmless, harmful=harmful)
 
 
 def _sites(engine: Engine, prompts: Sequence[tuple[int, ...]], direction: Direction | None = None) -> dict[str, Tensor]:
