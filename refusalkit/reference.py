@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 from refusalkit import hookspecs, testing
 from refusalkit.adapter import Adapter, Family, Gain, Matrix, Refusal, Write
 from refusalkit.cli import app
-from refusalkit.intervention import Direction, Edit, Intervention, InterventionSpec
+from refusalkit.intervention import ActivationSpec, Direction, Edit, Gate, Intervention, InterventionSpec
 from refusalkit.metric import Evidence, Metric, Values
 from refusalkit.prompt_source import PromptSource
 from refusalkit.recipe import PromptFiles, recipe_type
@@ -230,7 +230,10 @@ _BASES: dict[str, tuple[tuple[type, ...], Callable[..., Any]]] = {
         (Selector, SelectInputs, Subject, Measure, Attribution, Selection, Score),
         testing.check_selector,
     ),
-    "interventions": ((InterventionSpec, Direction, Intervention, Edit), testing.check_intervention),
+    "interventions": (
+        (InterventionSpec, ActivationSpec, Direction, Intervention, Edit, Gate),
+        testing.check_intervention,
+    ),
     "metrics": ((Metric, Evidence, Values), testing.check_metric),
     "prompt_sources": ((PromptSource,), testing.check_prompt_source),
 }

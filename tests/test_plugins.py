@@ -18,11 +18,13 @@ from refusalkit import hookimpl
 from refusalkit.adapter import Adapter, Matrix, Write
 from refusalkit.cli import app
 from refusalkit.errors import InputError, RunError
+from refusalkit.plugin.check import Checked, check_text, installed_plugin
 from refusalkit.plugin.new import new_plugin
 from refusalkit.recipe import json_schema
 from refusalkit.recipe_file import load_recipe
 from refusalkit.registry import Registry, load_registry
 from refusalkit.testing import broken_laws, random_model
+from refusalkit.testing.law_sets import law_sets
 from tests.conftest import ROOT, SMALL, install
 
 #: Breaks laws in every way there is; the second strategy raises, and two adapters cannot be checked.
@@ -278,12 +280,18 @@ def test_a_broken_plugin_is_told_from_an_unknown_one(site: Path, capsys: pytest.
     with pytest.raises(RunError) as caught:
         command(capsys, "plugin", "check", "stumbling")
     assert caught.value.message == "cannot be loaded: ZeroDivisionError: division by zero (stumbling.py:2)"
-    status, lines = command(capsys, "plugin", "check", "refusalkit")
-    assert status == 0
-    assert max(map(len, lines)) <= 80
     status, lines = command(capsys, "plugins")
     assert status == 1
     assert lines[-2:] == ["refusalkit-stumbling 1.0: broken", "  ZeroDivisionError: division by zero (stumbling.py:2)"]
+
+
+def test_what_is_built_in_can_be_checked_and_fits_the_table(registry: Registry) -> None:
+    owner = installed_plugin(registry, "refusalkit")
+    sets = law_sets(registry, owner.name)
+    assert {(laws.kind, laws.name) for laws in sets} >= {("adapter", "gemma3_multimodal"), ("prompt source", "hf")}
+    lines = check_text(owner, [Checked(laws, 7) for laws in sets]).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.endswith("7 laws hold") for line in lines) == len(sets)
 
 
 # pytest
