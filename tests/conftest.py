@@ -146,7 +146,7 @@ def install(site: Path, distribution: str, module: str, group: str = "refusalkit
     info.mkdir()
     metadata = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
     (info / "METADATA").write_text(metadata, encoding="utf-8")
-    (info / "entry_points.txt").write_text(f"[{group}]\n{module} = {module}\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{module.partition('.')[0]} = {module}\n", encoding="utf-8")
 
 
 def one_hint(said: Sequence[str]) -> bool:
