@@ -135,6 +135,15 @@ def test_a_stream_that_adapters_cannot_express_is_refused_with_the_reason(
         assert caught.value.message == f"{architecture} cannot be studied: {adapter.refuses.reason}"
 
 
+@pytest.mark.parametrize("architecture", ["Gemma3nForCausalLM", "DeepseekV4ForCausalLM", "Qwen4ExpForCausalLM"])
+def test_between_the_blocks_of_a_refused_architecture_is_more_than_one_vector_a_token(architecture: str) -> None:
+    model = random_model(architecture)
+    seen: list[torch.Size] = []
+    model.model.layers[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    model(torch.arange(3, 20)[None])
+    assert seen[0].numel() == COMMON["hidden_size"] * 17 * {"Gemma3nForCausalLM": 4}.get(architecture, 2)
+
+
 def test_a_block_without_any_of_the_described_writes_is_an_error() -> None:
     dense = dataclasses.replace(QWEN3_5, attention=QWEN3_5.writes[0][:1])
     with pytest.raises(RunError, match=r"names model\.layers\.0\.self_attn, which this model does not have"):

@@ -44,13 +44,13 @@ def installed_plugin(registry: Registry, name: str) -> Owner:
     Raises `InputError` when nothing of that name is installed, `RunError` when it is and cannot be loaded.
     """
     owners = list(dict.fromkeys([*registry.owners.values(), *(broken.owner for broken in registry.broken)]))
-    wanted = canonical(name)
-    found = [owner for owner in owners if canonical(owner.name) in (wanted, PREFIX + wanted)]
+    found = [owner for owner in owners if short(owner.name) == short(name)]
     if not found:
         raise InputError(
             f"no plugin is called {name!r}",
             where="plugin",
-            hint=f"{nearest(name, [owner.name for owner in owners])} (`refusalkit plugins` lists what is installed)",
+            hint=f"{nearest(short(name), [short(owner.name) for owner in owners])} "
+            "(`refusalkit plugins` lists what is installed)",
         )
     for broken in registry.broken:
         if broken.owner in found:
@@ -62,9 +62,9 @@ def installed_plugin(registry: Registry, name: str) -> Owner:
     return found[0]
 
 
-def canonical(name: str) -> str:
-    """Return a distribution's name as pip compares it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
+def short(name: str) -> str:
+    """Return a distribution's name as pip compares it, without the prefix that plugins share."""
+    return re.sub(r"[-_.]+", "-", name).lower().removeprefix(PREFIX)
 
 
 def check_plugin(registry: Registry, owner: Owner, advance: Callable[[int, int], None]) -> tuple[Checked, ...]:
