@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from refusalkit import safety_commands
+from refusalkit.cli_plugins import plugin_app
 from refusalkit.errors import InputError, Interrupted, RefusalkitError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 tiny_app = typer.Typer(help="The embedded models: small enough to try everything, no evidence about real ones.")
 app.add_typer(tiny_app, name="tiny")
+app.add_typer(plugin_app, name="plugin")
 
 
 class Until(StrEnum):
@@ -216,14 +218,15 @@ def schema() -> None:
 
 @app.command()
 def plugins() -> None:
-    """List everything installed and who provides it; broken plugins are listed with their error."""
+    """List every plugin, its version, whether it works, and all it provides; of a broken one, its error.
+
+    Exit status 1 says that one is broken. The others work all the same.
+    """
+    from refusalkit.plugin.listing import plugin_list
     from refusalkit.registry import load_registry
 
     registry = load_registry()
-    for (kind, name), owner in registry.owners.items():
-        print(f"{kind.removeprefix('refusalkit_'):<15} {name:<22} {owner}")
-    for broken in registry.broken:
-        print(f"{'broken':<15} {broken.owner!s:<22} {broken.error}")
+    print(plugin_list(registry))
     if registry.broken:
         raise typer.Exit(1)
 
