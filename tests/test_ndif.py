@@ -11,15 +11,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import nnsight
 import pytest
+import torch
 
+from refusalkit.checkpoint import open_checkpoint
+from refusalkit.engine.jobs import Call
+from refusalkit.engine.remote import connect
 from refusalkit.errors import RunError
 from refusalkit.pipeline import execute
 from refusalkit.plan import Plan, make_plan
+from refusalkit.recipe import ModelSection
 from refusalkit.recipe_file import load_recipe
 from refusalkit.registry import Registry
 from tests.conftest import ROOT, SMALL, Command
@@ -225,15 +232,26 @@ def test_a_run_survives_a_server_that_is_killed_and_started_again(
     assert_same_run(run(recipe), out)
 
 
-def test_jobs_shrink_below_the_limit_that_a_server_shows(
-    recipe: Path, run: Callable[..., Path], tmp_path: Path
-) -> None:
+def dawdle(model: Any, items: tuple[int, ...]) -> list[torch.Tensor]:
+    """Take half a second an item."""
+    for _ in items:
+        time.sleep(0.5)
+    return [torch.tensor(item) for item in items]
+
+
+def test_jobs_shrink_below_the_limit_that_a_server_shows(registry: Registry, tmp_path: Path) -> None:
+    nnsight.register(__name__)
     with running("Plain", NDIF_DEFAULT_EXECUTION_TIMEOUT_SECONDS="4") as server:
-        settings = ("select.exhaustive=true", "prompts.validation=32")
-        remote = run(recipe, *settings, on=server)
-        assert_same_run(run(recipe, *settings), remote)
-        assert read(remote / "jobs" / "limit.json") > 0
-        assert jobs_of(remote)["select"]["jobs"] > 5
+        section = ModelSection(id="tiny:llama", where="ndif", host=server.host)
+        jobs = connect(open_checkpoint(section, registry), tmp_path, lambda said: None).jobs
+        call = Call(dawdle, tuple(range(16)), (), 10.0)
+        assert [int(item) for item in jobs.run([call])[0]] == list(range(16))
+        # Of sixteen, of eight, then of four items.
+        assert (jobs.limit, jobs.ledger.totals()["jobs"]) == (40.0, 6)
+        # Asked again, as after a crash, the same jobs are found.
+        again = connect(open_checkpoint(section, registry), tmp_path, lambda said: None).jobs
+        assert [int(item) for item in again.run([call])[0]] == list(range(16))
+        assert again.ledger.totals()["jobs"] == 6
 
 
 # Errors

@@ -86,6 +86,7 @@ def requests(engine: Engine, prompts: tuple[tuple[int, ...], ...]) -> list[Reque
     return [
         Capture(prompts, (-2, -1)),
         Capture(prompts, (-1,), "attn_out", keep_samples=True),
+        Capture(prompts, (-1,), keep_samples=True, layers=(2, 5)),
         Scores(prompts, [NOTHING, ablate, steer], openers),
         Scores(prompts, [ablate, steer], Measure("kl_nats")),
         Scores(prompts, [ablate], Measure("kl_nats", reference=engine.logits(prompts, steer))),

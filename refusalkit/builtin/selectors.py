@@ -252,7 +252,7 @@ class Fixed(Selector):
     selector: Literal["fixed"] = "fixed"
     position: Annotated[int, Field(lt=0)] = -1
     """The position, counted from the end of the prompt."""
-    layer: Annotated[int, Field(ge=0)]
+    layer: Annotated[int, Field(ge=0, examples=[2])]
     """The layer."""
 
     def select(self, inputs: SelectInputs, subject: Subject) -> Selection:

@@ -188,7 +188,7 @@ class RemoteEngine:
         check_lengths(request.prompts, request.positions)
         groups = self._batches(request.prompts)
         n_prompts = len(request.prompts)
-        fixed = (self._reads(request.site), tuple(request.positions))
+        fixed = (self._reads(request.site, request.layers), tuple(request.positions))
         if not request.keep_samples:
             call = Call(work.capture_sums, _inputs(groups), fixed, _per_batch(groups))
             return call, lambda total: Samples(total * work.SPREAD / n_prompts, n_prompts, None)
@@ -313,8 +313,8 @@ class RemoteEngine:
         # One intervention needs the same tensors for any number of rows.
         return lower([intervention], self.layout, 1, CPU)
 
-    def _reads(self, site: Site) -> Program:
-        return lower([NOTHING], self.layout, 1, CPU, [(site, layer) for layer in range(self.n_layers)])
+    def _reads(self, site: Site, layers: Sequence[int] | None = None) -> Program:
+        return lower([NOTHING], self.layout, 1, CPU, [(site, layer) for layer in layers or range(self.n_layers)])
 
     def _pad_id(self) -> int:
         tokenizer = self.tokenizer
