@@ -408,6 +408,7 @@ def ndif_status(
 
 
 app.command()(safety_commands.monitor)
+app.command()(safety_commands.audit)
 
 
 @app.command()
