@@ -16,6 +16,10 @@ from refusalkit.metric import Side
 
 Split = Literal["train", "validation", "test"]
 
+#: What stands beside the tensors of a stage, so that a file can be understood alone.
+LAYER_CONVENTION = "layer l is the block whose input is resid_pre[l]"
+AS_FOUND = "directions as found, not normalised: ablate removes the unit vector, steer adds as is"
+
 # JSON has no not-a-number: it is written as null and read back as NaN where a number must stand.
 MaybeNaN = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
 
@@ -158,6 +162,18 @@ class Choice(Artifact):
         return sum(row.status in ("chosen", "survivor") for row in self.scores)
 
 
+class Unmodified(Artifact):
+    """Hold what the unmodified model writes to the test prompts, with which every intervention is compared.
+
+    No stage of its own: it is made during `evaluate`, and kept apart because it does not depend on any direction.
+    """
+
+    stage = "baseline"
+
+    completions: dict[Side, tuple[tuple[int, ...], ...]]
+    """Greedy completions as token ids, one a test prompt, of the sides on which a metric looks at them."""
+
+
 class Result(Frozen):
     """Hold one number of the evaluation with its 95% interval."""
 
@@ -172,6 +188,10 @@ class Result(Frozen):
     """How many prompts the number rests on; those without a value are not counted."""
     unit: str
     kind: Literal["rate", "mean"]
+    values: tuple[MaybeNaN, ...] = ()
+    """One value a test prompt, in their order; not-a-number where a prompt has none."""
+    weights: tuple[float, ...] | None = None
+    """What each prompt counts in the mean; null for equally."""
 
 
 class Generated(Frozen):

@@ -12,21 +12,24 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import refusalkit
-from refusalkit.artifacts import Split
+from refusalkit.artifacts import AS_FOUND, LAYER_CONVENTION, Split
 from refusalkit.checkpoint import Checkpoint, open_checkpoint
 from refusalkit.errors import InputError, nearest
 from refusalkit.metric import Side
 from refusalkit.prompt_split import check_leaks, split_pool, without_duplicates
 from refusalkit.recipe import PromptFiles, PromptsSection, Recipe
 from refusalkit.registry import Registry
+from refusalkit.stages.evaluate import WRITTEN
 from refusalkit.stages.prompts import Request
 from refusalkit.store import STAGES, content_key
 from refusalkit.template import ChatTemplate, Thinking
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+#: Ends the key of captured activations that hold every prompt's. What follows from the means does not depend on it.
+_SAMPLES = "+samples"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +42,25 @@ class Plan:
     template: ChatTemplate
     prompts: Request
     keys: Mapping[str, str]
-    """The content key of every stage."""
+    """The content key of every stage, and of the unmodified model's completions (`baseline`)."""
+    keeps_samples: bool = False
+    """Whether capture keeps every prompt's activations although this recipe's strategy asks for the means alone."""
+
+    @property
+    def needs(self) -> Literal["means", "samples"]:
+        """What capture keeps."""
+        return "samples" if self.keeps_samples else self.recipe.find.needs
+
+    def key(self, stage: str) -> str:
+        """Return the key to write the artifact of `stage` under."""
+        return self.keys[stage] + (_SAMPLES if stage == "capture" and self.needs == "samples" else "")
+
+    def accepts(self, stage: str) -> tuple[str, ...]:
+        """Return the keys under which a finished artifact of `stage` serves: samples come with the same means."""
+        if stage != "capture":
+            return (self.keys[stage],)
+        with_samples = self.keys[stage] + _SAMPLES
+        return (with_samples,) if self.recipe.find.needs == "samples" else (self.keys[stage], with_samples)
 
     @property
     def n_candidates(self) -> int:
@@ -55,14 +76,14 @@ class Plan:
             "model_revision": self.checkpoint.revision,
             "template_hash": self.template.digest(),
             "site": self.recipe.capture.site,
-            "layer_convention": "layer l is the block whose input is resid_pre[l]",
+            "layer_convention": LAYER_CONVENTION,
             "positions": ",".join(map(str, self.prompts.positions)),
             "strategy": self.recipe.find.strategy,
-            "operation": "directions as found, not normalised: ablate removes the unit vector, steer adds as is",
+            "operation": AS_FOUND,
         }
 
 
-def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
+def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples: bool = False) -> Plan:
     """Resolve a recipe whose relative paths start at `folder`.
 
     Raises `InputError` for a model, adapter, prompt source or option that cannot be used.
@@ -70,7 +91,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
     pools, dropped = read_pools(recipe.prompts, folder, registry)
     checkpoint = open_checkpoint(recipe.model, registry)
     _check_quantized(recipe)
-    template = _template(recipe, checkpoint)
+    template = chat_template(recipe, checkpoint)
     _check_interventions(recipe, checkpoint, template)
     wanted = recipe.capture.positions
     if recipe.select.openers != "auto":
@@ -84,10 +105,11 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
         family_openers=checkpoint.adapter.family.openers,
         duplicates_dropped=dropped,
     )
-    return Plan(recipe, registry, checkpoint, template, request, _keys(recipe, registry, checkpoint, template, request))
+    keys = _keys(recipe, registry, checkpoint, template, request)
+    return Plan(recipe, registry, checkpoint, template, request, keys, keeps_samples)
 
 
-def _template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
+def chat_template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
     """Resolve how prompts are rendered, with the thinking mode off unless the recipe switches it on."""
     template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, instead=recipe.prompts.chat_template)
     options: dict[str, Any] = dict(recipe.prompts.template_options)
@@ -243,7 +265,7 @@ def _keys(
             "template": template.digest(),
             "request": [request.harmful, request.harmless, request.positions, request.filter, request.openers],
         },
-        "capture": {"site": recipe.capture.site, "needs": recipe.find.needs},
+        "capture": {"site": recipe.capture.site},
         "find": {"section": recipe.find.model_dump(mode="json"), "owner": owner("strategies", recipe.find.strategy)},
         "select": {
             "section": recipe.select.model_dump(mode="json"),
@@ -259,4 +281,6 @@ def _keys(
     parent = ""
     for stage in STAGES:
         parent = keys[stage] = content_key({"stage": stage, "parent": parent, "own": own[stage]})
-    return keys
+    sides = {side for metric in evaluate.metrics if metric.needs in WRITTEN for side in metric.sides}
+    written = {"sides": sorted(sides), "max_new_tokens": evaluate.max_new_tokens}
+    return {**keys, "baseline": content_key({"stage": "baseline", "parent": keys["prompts"], "own": written})}

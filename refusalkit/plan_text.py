@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from refusalkit.batch import Batch
 from refusalkit.checkpoint import Checkpoint
 from refusalkit.plan import SPLITS, Plan
 from refusalkit.store import STAGES, Store
@@ -42,6 +43,26 @@ def describe(plan: Plan, out: Path) -> str:
         *_done(plan, out),
     ]
     return "\n".join(f"{name:<9} {text}" for name, text in rows)
+
+
+def describe_sweep(batch: Batch) -> str:
+    """Return the first run's plan, how often each stage of the sweep is computed, and what is done in each run."""
+    first, runs = batch.runs[0], batch.runs
+    counts = []
+    for stage in (*STAGES, "baseline"):
+        times = len({run.plan.key(stage) for run in runs})
+        counts.append(f"{stage} {'once' if times == 1 else f'{times} times'}")
+    *stages, baseline = counts
+    width = max(len(str(run.member.run)) for run in runs)
+    done = [f"{run.member.run!s:<{width}}  {', '.join(_finished(run.plan, run.out)) or 'nothing yet'}" for run in runs]
+    rows = [
+        ("sweep", f"{len(runs)} runs over {', '.join(first.member.values)}, in {batch.folder}"),
+        ("computed", ", ".join(stages)),
+        ("", f"completions of the unmodified model {baseline.partition(' ')[2]}"),
+        *[("done" if number == 0 else "", text) for number, text in enumerate(done)],
+    ]
+    lines = [f"{name:<9} {text}".rstrip() for name, text in rows]
+    return "\n".join([*lines, "", "The first run:", "", describe(first.plan, first.out)])
 
 
 def _template(template: ChatTemplate) -> list[tuple[str, str]]:
@@ -85,10 +106,14 @@ def _passes(plan: Plan) -> list[str]:
 
 
 def _done(plan: Plan, out: Path) -> list[tuple[str, str]]:
-    store = Store(out)
-    done = [stage for stage in STAGES if store.key(stage) == plan.keys[stage]]
+    done = _finished(plan, out)
     waiting = [stage for stage in STAGES if stage not in done]
     return [("done", ", ".join(done) or "nothing yet"), ("to do", ", ".join([*waiting, "report"]))]
+
+
+def _finished(plan: Plan, out: Path) -> list[str]:
+    store = Store(out)
+    return [stage for stage in STAGES if store.key(stage) in plan.accepts(stage)]
 
 
 def _weight(checkpoint: Checkpoint) -> tuple[int, int]:

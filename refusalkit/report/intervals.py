@@ -18,8 +18,10 @@ LINE = 14
 QUIET = 0.5
 
 
-def chart(results: Sequence[Result], metric: str, unit: str) -> alt.LayerChart | alt.FacetChart:
-    """Draw `metric` for every intervention, one row an intervention and one line a side."""
+def chart(
+    results: Sequence[Result], metric: str, unit: str, rows: str = "intervention"
+) -> alt.LayerChart | alt.FacetChart:
+    """Draw `metric` for every intervention, one row an intervention and one line a side; `rows` says what rows are."""
     measured = [row for row in results if row.metric == metric]
     order = in_order([row.intervention for row in measured])
     shown = sides(measured, metric)
@@ -37,7 +39,7 @@ def chart(results: Sequence[Result], metric: str, unit: str) -> alt.LayerChart |
         .legend(orient="top", values=list(shown)),
         opacity=alt.condition("datum.control", alt.value(QUIET), alt.value(1)),
         tooltip=[
-            alt.Tooltip("intervention:N", title="intervention"),
+            alt.Tooltip("intervention:N", title=rows),
             alt.Tooltip("side:N", title="requests"),
             alt.Tooltip("shown:N", title=f"{metric} [95%]"),
             alt.Tooltip("n:Q", title="n"),

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from refusalkit.report import tables
@@ -28,13 +28,9 @@ _INTERVAL = re.compile(r" \[([^],]+), ([^]]+)\]")
 
 def render_html(run: Run, *, show_completions: bool = False) -> str:
     """Write the page for a run; completions to harmful prompts are in it only when asked for."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_packaged("template.html.j2"))
-    return template.render(
-        style=Markup(_packaged("style.css")),
-        vega=Markup(_vega()),
-        script=Markup(_packaged("page.js")),
-        themes={"light": config("light"), "dark": config("dark")},
+    return render(
+        "template.html.j2",
+        kind="report",
         **_found(run),
         **_figures(run),
         **_numbers(run),
@@ -42,6 +38,24 @@ def render_html(run: Run, *, show_completions: bool = False) -> str:
         harmful=examples(run, "harmful", show_completions=show_completions),
         provenance=provenance(run),
         recipe_yaml=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill one of the templates, with the style and the scripts that every page carries in itself."""
+    environment = Environment(
+        loader=FunctionLoader(_packaged),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(
+        style=Markup(_packaged("style.css")),
+        vega=Markup(_vega()),
+        script=Markup(_packaged("page.js")),
+        themes={"light": config("light"), "dark": config("dark")},
+        **values,
     )
 
 
@@ -86,16 +100,16 @@ def _figures(run: Run) -> dict[str, Any]:
     drawn = figures(run)
     maps = [figure for figure in drawn if figure.name.startswith("candidates-")]
     return {
-        "rate_figures": [_placed(figure) for figure in drawn if figure.name.startswith("rate-")],
-        "heat_maps": [_placed(figure) for figure in maps],
+        "rate_figures": [placed(figure) for figure in drawn if figure.name.startswith("rate-")],
+        "heat_maps": [placed(figure) for figure in maps],
         "heat_maps_side_by_side": all(figure.min_width <= 340 for figure in maps),
-        "estimate_figures": [_placed(figure) for figure in drawn if figure.name.startswith("estimate-")],
-        "separation_figures": [_placed(figure) for figure in drawn if figure.name == "separation"],
-        "mean_figures": [_placed(figure) for figure in drawn if figure.name.startswith("mean-")],
+        "estimate_figures": [placed(figure) for figure in drawn if figure.name.startswith("estimate-")],
+        "separation_figures": [placed(figure) for figure in drawn if figure.name == "separation"],
+        "mean_figures": [placed(figure) for figure in drawn if figure.name.startswith("mean-")],
     }
 
 
-def _placed(figure: Figure) -> dict[str, Any]:
+def placed(figure: Figure) -> dict[str, Any]:
     """Add the picture that stands in where nothing is drawn: without scripts, and in print."""
     picture = base64.b64encode(svg(figure).encode()).decode()
     return {
