@@ -37,6 +37,11 @@ class Strategy(BaseModel, ABC):
     control: ClassVar[bool] = False
     """Whether it is there to compare with, and must not find what tells the two sides apart."""
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether finding runs backward passes, which a shared server does not allow."""
+        return False
+
     @abstractmethod
     def find(self, harmful: Captured, harmless: Captured) -> Tensor:
         """Return a direction for every candidate: [position, layer, d_model], or [position, layer, rank, d_model].

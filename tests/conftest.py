@@ -42,6 +42,7 @@ prompts:
   validation: 8
   test: 8
 evaluate:
+  interventions: [none, ablate, steer, orthogonalize]
   max_new_tokens: 8
 """
 

@@ -30,10 +30,11 @@ LAYERS = (
     ("stages", "testing", "sharing"),
     ("plan",),
     ("run_directory", "sweep_folder", "report"),
+    ("remote_cost", "server_status"),
     ("adapter_check", "bake", "pipeline", "plugin"),
     ("batch", "worker", "plan_text"),
-    ("many", "python", "reproduction", "interchange", "audit", "monitor"),
-    ("cli", "safety_commands", "plugin_commands", "pytest_plugin"),
+    ("many", "python", "reproduction", "interchange", "monitor", "audit"),
+    ("cli", "plugin_commands", "safety_commands", "pytest_plugin"),
     ("__main__", "reference"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -140,6 +141,7 @@ def test_algebra_imports_torch_only() -> None:
         "hookspecs",
         "cli",
         "plugin_commands",
+        "safety_commands",
         "pytest_plugin",
     ],
 )
