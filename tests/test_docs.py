@@ -37,6 +37,8 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 METHODS = sorted((ROOT / "recipes" / "methods").glob("*.yaml"))
+#: Those that are about finding a direction, and not about using it.
+FINDING = [path for path in METHODS if "\nfind:" in path.read_text(encoding="utf-8")]
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
 
 #: What the sandbox's copy of the quickstart asks for instead, so that a page takes seconds.
@@ -115,12 +117,16 @@ def test_every_recipe_is_here() -> None:
     ]
 
 
-@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.name)
-def test_every_method_runs_and_differs_from_the_others_in_one_line(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", FINDING, ids=lambda path: path.name)
+def test_every_way_of_finding_differs_from_the_others_in_one_line(path: Path) -> None:
     kept = re.compile("^(# |name:|find:)")
     assert [line for line in path.read_text(encoding="utf-8").splitlines() if not kept.match(line)] == [
-        line for line in METHODS[0].read_text(encoding="utf-8").splitlines() if not kept.match(line)
+        line for line in FINDING[0].read_text(encoding="utf-8").splitlines() if not kept.match(line)
     ]
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.name)
+def test_every_method_runs(path: Path, tmp_path: Path) -> None:
     registry = load_registry()
     changes = ["prompts.train=24", "prompts.validation=8", "prompts.test=8", "evaluate.max_new_tokens=4"]
     recipe = load_recipe(path, registry, changes)
@@ -129,8 +135,13 @@ def test_every_method_runs_and_differs_from_the_others_in_one_line(path: Path, t
 
 
 def test_every_strategy_that_needs_no_more_than_prompts_has_a_recipe(registry: Registry) -> None:
-    shown = {load_recipe(path, registry).find.strategy for path in METHODS}
+    shown = {load_recipe(path, registry).find.strategy for path in FINDING}
     assert shown == set(registry.strategies)
+
+
+def test_every_intervention_has_a_recipe(registry: Registry) -> None:
+    specs = [spec for path in METHODS for spec in load_recipe(path, registry).evaluate.interventions]
+    assert {name for spec in specs for name in spec.names} == set(registry.interventions)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

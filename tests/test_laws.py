@@ -13,15 +13,17 @@ import transformers
 from refusalkit import algebra
 from refusalkit.adapter import Adapter, Write
 from refusalkit.builtin.adapters import ADAPTERS, GEMMA2, GEMMA4, GPT_NEOX, LLAMA, QWEN3_5
+from refusalkit.builtin.components import COMPONENTS, Affine, Angular, Clamp, MeanAblate
+from refusalkit.builtin.compositions import Combine, Conditional
 from refusalkit.builtin.estimators import ESTIMATORS, Pca, Shuffled, Som
-from refusalkit.builtin.interventions import INTERVENTIONS, Affine, Clamp, MeanAblate, Steer
+from refusalkit.builtin.interventions import INTERVENTIONS, Ablate, Orthogonalize, Steer
 from refusalkit.builtin.metrics import METRICS
 from refusalkit.builtin.selectors import Causal, Fixed
 from refusalkit.builtin.strategies import STRATEGIES, Random
 from refusalkit.checkpoint import open_checkpoint
 from refusalkit.engine.load import load_module
 from refusalkit.errors import InputError, RunError
-from refusalkit.intervention import Direction
+from refusalkit.intervention import Direction, InterventionSpec
 from refusalkit.recipe import ModelSection
 from refusalkit.registry import load_registry
 from refusalkit.strategy import Strategy
@@ -172,8 +174,24 @@ def test_setting_a_component_twice_is_setting_it_once_and_leaves_it_where_it_was
         torch.testing.assert_close(moved - (moved @ unit)[..., None] * unit, torch.zeros_like(x), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("spec", [*(kind() for kind in INTERVENTIONS), Steer(scale=-2.0)], ids=lambda spec: spec.label)
-def test_interventions_obey_their_laws(spec) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(kind() for kind in (*INTERVENTIONS, *COMPONENTS)),
+        Steer(scale=-2.0, layers=(1, 3), where="last"),
+        Ablate(where="generated"),
+        Ablate(layers=(0, 1), steps=(0, 2)),
+        Angular(degrees=180, adaptive=True),
+        Orthogonalize(keep_norms=True),
+        Conditional(),
+        Conditional(apply=Ablate(layers=(2, 3)), when="harmless", layer=1),
+        Conditional(apply=Combine(parts=(Clamp(value=3.0), Steer(scale=0.5)))),
+        Combine(parts=(MeanAblate(), Steer(scale=2.0))),
+        Combine(parts=(Conditional(), Clamp(layers=(3, 3)))),
+    ],
+    ids=lambda spec: spec.label,
+)
+def test_interventions_obey_their_laws(spec: InterventionSpec) -> None:
     _assert_hold(check_intervention(spec, random_engine("LlamaForCausalLM", LLAMA)))
 
 
