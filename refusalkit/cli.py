@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from refusalkit.errors import InputError, RefusalkitError
+from refusalkit import safety_commands
+from refusalkit.errors import InputError, Interrupted, RefusalkitError
 
 if TYPE_CHECKING:
     from refusalkit.batch import Batch
@@ -45,15 +46,18 @@ class Until(StrEnum):
     report = "report"
 
 
+class Done(StrEnum):
+    """Name what a file may do with a direction."""
+
+    ablate = "ablate"
+    steer = "steer"
+
+
 RecipePaths = Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes in YAML.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set model.dtype=float32")
 ]
-
-
-class Interrupted(BaseException):
-    """Stop on Ctrl-C; nothing in between may take it for an ordinary error."""
 
 
 def main() -> None:
@@ -67,13 +71,13 @@ def main() -> None:
     except RefusalkitError as error:
         _say(error)
         sys.exit(error.exit_status)
-    except Interrupted:
-        print("\ninterrupted; finished stages are kept, and the same command goes on from there", file=sys.stderr)
+    except Interrupted as stop:
+        print(f"\ninterrupted; {stop}", file=sys.stderr)
         sys.exit(130)
 
 
 def _interrupt(*_: object) -> None:
-    raise Interrupted
+    raise Interrupted("finished stages are kept, and the same command goes on from there")
 
 
 def _say(error: RefusalkitError) -> None:
@@ -368,6 +372,44 @@ def bake(
     edited = write_checkpoint(checkpoint, choice, out)
     print(f"{len(edited.names)} parameters changed", file=sys.stderr)
     print(out)
+
+
+app.command()(safety_commands.monitor)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A finished run's folder, or a file or folder.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The new file, or the new folder.")],
+    to: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="The format, where TARGET's name leaves it open.")
+    ] = None,
+    operation: Annotated[
+        Done | None, typer.Option("--as", help="What is done with the direction, where files leave it open.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="The layer, where SOURCE has several or none.")] = None,
+    position: Annotated[
+        int | None, typer.Option(max=-1, help="The position, where SOURCE has several or none.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A hub name, a folder or tiny:FAMILY, where SOURCE names none.")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(metavar="NUMBER", help="Multiples of the direction to add.")] = None,
+) -> None:
+    """Write a direction in the format of another tool, or read one, and say what the format does not hold.
+
+    Formats are told by name and content: run folders and safetensors of refusalkit, the paper's authors' runs, GGUF
+    control vectors, GLP, PEFT LoRA, lm-eval's `steered` and `.svec`.
+    """
+    from refusalkit.checkpoint import quiet
+    from refusalkit.interchange.content import Wanted
+    from refusalkit.interchange.convert import convert as write_as
+    from refusalkit.registry import load_registry
+
+    quiet()
+    wanted = Wanted(layer, position, model, None if operation is None else operation.value, scale)
+    print(write_as(source, target, to, wanted, load_registry()), file=sys.stderr)
+    print(target)
 
 
 @tiny_app.command("train")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import refusalkit
-from refusalkit.artifacts import Split
+from refusalkit.artifacts import AS_FOUND, LAYER_CONVENTION, Split
 from refusalkit.checkpoint import Checkpoint, open_checkpoint
 from refusalkit.errors import InputError, nearest
 from refusalkit.metric import Side
@@ -76,10 +76,10 @@ class Plan:
             "model_revision": self.checkpoint.revision,
             "template_hash": self.template.digest(),
             "site": self.recipe.capture.site,
-            "layer_convention": "layer l is the block whose input is resid_pre[l]",
+            "layer_convention": LAYER_CONVENTION,
             "positions": ",".join(map(str, self.prompts.positions)),
             "strategy": self.recipe.find.strategy,
-            "operation": "directions as found, not normalised: ablate removes the unit vector, steer adds as is",
+            "operation": AS_FOUND,
         }
 
 
@@ -91,7 +91,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples
     pools, dropped = read_pools(recipe.prompts, folder, registry)
     checkpoint = open_checkpoint(recipe.model, registry)
     _check_quantized(recipe)
-    template = _template(recipe, checkpoint)
+    template = chat_template(recipe, checkpoint)
     _check_interventions(recipe, checkpoint, template)
     wanted = recipe.capture.positions
     if recipe.select.openers != "auto":
@@ -109,7 +109,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples
     return Plan(recipe, registry, checkpoint, template, request, keys, keeps_samples)
 
 
-def _template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
+def chat_template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
     """Resolve how prompts are rendered, with the thinking mode off unless the recipe switches it on."""
     template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, instead=recipe.prompts.chat_template)
     options: dict[str, Any] = dict(recipe.prompts.template_options)

@@ -116,7 +116,7 @@ def _at(data: Any, keys: KeyPath) -> Any:
     return data
 
 
-def explain(fault: Fault, made: type[Recipe], registry: Registry) -> tuple[KeyPath, InputError]:
+def explain(fault: Fault, made: type[BaseModel], registry: Registry) -> tuple[KeyPath, InputError]:
     """Put a fault into words; the caller knows which line it stands on."""
     item = fault.items[0]
     match item["type"]:
@@ -196,7 +196,7 @@ def _how(fault: Fault, place: Place) -> str:
     return "docs/reference/recipe.md and `refusalkit schema` describe every key"
 
 
-def _place(made: type[Recipe], registry: Registry, keys: KeyPath) -> Place:
+def _place(made: type[BaseModel], registry: Registry, keys: KeyPath) -> Place:
     """Follow a location of pydantic's, union tags included, through the recipe's model."""
     named: dict[str, Mapping[str, type[BaseModel]]] = {
         "find": registry.strategies,

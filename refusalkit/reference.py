@@ -27,7 +27,9 @@ from pydantic.fields import FieldInfo
 from refusalkit import hookspecs
 from refusalkit.adapter import Adapter, Family, Gain, Matrix, Refusal, Write
 from refusalkit.cli import app
-from refusalkit.intervention import InterventionSpec
+from refusalkit.interchange.content import Trait
+from refusalkit.interchange.formats import FORMATS
+from refusalkit.intervention import ActivationSpec, Edit, InterventionSpec
 from refusalkit.metric import Metric
 from refusalkit.prompt_source import PromptSource
 from refusalkit.recipe import PromptFiles, recipe_type
@@ -49,6 +51,7 @@ def pages() -> dict[str, str]:
         "recipe.md": recipe_page(registry),
         "command-line.md": command_line_page(),
         "hooks.md": hooks_page(registry),
+        "formats.md": formats_page(),
     }
 
 
@@ -95,11 +98,27 @@ def _choices(name: str, registry: Registry) -> list[str]:
         lines += ["", f"### `{where}`: `{choice}`", "", *_wrapped(_doc(provider))]
         helps = attribute_docs(provider)
         options = {
-            key: field for key, field in provider.model_fields.items() if not (field.default == choice and key != name)
+            key: field
+            for key, field in provider.model_fields.items()
+            if not (field.default == choice and key != name) and key not in _shared(provider)
         }
         keys = [line for key, field in options.items() for line in _key(key, field, helps.get(key))]
+        if _shared(provider):
+            keys += _item("`layers`, `where`, `steps`", "see below")
         lines += ["", *keys] if keys else []
+    if any(map(_shared, providers.values())):
+        lines += ["", f"### `{where}`: `layers`, `where`, `steps`", "", *_wrapped(_WINDOWS), ""]
+        fields = ActivationSpec.model_fields
+        lines += [line for key in _shared(ActivationSpec) for line in _key(key, fields[key])]
     return lines
+
+
+_WINDOWS = "Whatever acts on activations can be kept to some layers, some tokens and some decode steps."
+
+
+def _shared(provider: type[BaseModel]) -> tuple[str, ...]:
+    """Return the keys that a provider has in common with others, and which are described once."""
+    return tuple(inspect.get_annotations(ActivationSpec))[1:] if issubclass(provider, ActivationSpec) else ()
 
 
 def _key(name: str, field: FieldInfo, about: str | None = None) -> list[str]:
@@ -145,7 +164,8 @@ def _type(annotation: Any, metadata: typing.Sequence[Any] = (), key: str = "") -
     elif origin in (typing.Union, types.UnionType):
         text = " or ".join(_type(part) for part in arguments)
     elif origin is tuple:
-        text = f"list of {_type(arguments[0])}"
+        item = _type(arguments[0])
+        text = f"list of ({item})" if " or " in item else f"list of {item}"
     elif origin is dict:
         text = "keys and values"
     elif isinstance(annotation, type) and issubclass(annotation, InterventionSpec):
@@ -226,7 +246,7 @@ _BASES: dict[str, tuple[str, tuple[type, ...]]] = {
     "adapters": ("refusalkit_adapters", (Adapter, Write, Matrix, Gain, Refusal, Family)),
     "strategies": ("refusalkit_strategies", (Strategy,)),
     "selectors": ("refusalkit_selectors", (Selector,)),
-    "interventions": ("refusalkit_interventions", (InterventionSpec,)),
+    "interventions": ("refusalkit_interventions", (InterventionSpec, ActivationSpec, Edit)),
     "metrics": ("refusalkit_metrics", (Metric,)),
     "prompt_sources": ("refusalkit_prompt_sources", (PromptSource,)),
 }
@@ -297,6 +317,41 @@ def attribute_docs(cls: type) -> dict[str, str]:
             ):
                 found[field.target.id] = " ".join(str(after.value.value).split())
     return found
+
+
+# -- formats ----------------------------------------------------------------------------------------------------
+
+
+def formats_page() -> str:
+    """List the formats of directions that are read and written, and what each can say."""
+    intro = (
+        "`refusalkit convert SOURCE TARGET` reads and writes every one of them. Sources are told by name and content. "
+        "A target is told by how it ends; `--to` chooses where several end alike."
+    )
+    head = ("format", "ends in", "done with it", "subspace", "kept", "needs the model")
+    needs = {"nothing": "no", "model_type": "its configuration, where the source does not say", "model": "yes"}
+    rows = [
+        (
+            f"`{kind.name}`",
+            ", ".join(f"`{suffix}`" if suffix else "a folder" for suffix in kind.suffixes),
+            " or ".join(f"`{operation}`" for operation in kind.says) or "left open",
+            "yes" if kind.subspaces else "no",
+            ", ".join(trait for trait in typing.get_args(Trait) if trait in kind.keeps),
+            needs[kind.needs],
+        )
+        for kind in FORMATS
+    ]
+    table = [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+    items = [line for kind in FORMATS for line in _item(f"`{kind.name}`", f"{kind.what}. Cannot say {kind.limits}.")]
+    lines = ["# Formats", "", NOTICE, "", *_wrapped(intro), "", *table, "", *items, "", *_wrapped(_TRAITS)]
+    return "\n".join(lines) + "\n"
+
+
+_TRAITS = (
+    "*Kept* lists what survives: `digits` beyond float32, `length` of the rows of a subspace, `operation`, `layer` and "
+    "`position` of a direction that is removed everywhere (one that is added always has its layer), `provenance` "
+    "(model, template, strategy), and the rest of a `run` where the target is a folder."
+)
 
 
 # -- text -------------------------------------------------------------------------------------------------------

@@ -30,13 +30,14 @@ from refusalkit.cli import app
 from refusalkit.pipeline import execute
 from refusalkit.plan import make_plan, read_pools
 from refusalkit.recipe import Recipe, json_schema
-from refusalkit.recipe_file import Source, check, load_recipe
+from refusalkit.recipe_file import Source, check, load_members, load_recipe
 from refusalkit.registry import Registry, load_registry
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-METHODS = sorted((ROOT / "recipes" / "methods").glob("*.yaml"))
+COMPARE = ROOT / "recipes" / "methods" / "compare.yaml"
+METHODS = sorted(path for path in COMPARE.parent.glob("*.yaml") if path != COMPARE)
 #: Those that are about finding a direction, and not about using it.
 FINDING = [path for path in METHODS if "\nfind:" in path.read_text(encoding="utf-8")]
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
@@ -142,6 +143,13 @@ def test_every_strategy_that_needs_no_more_than_prompts_has_a_recipe(registry: R
 def test_every_intervention_has_a_recipe(registry: Registry) -> None:
     specs = [spec for path in METHODS for spec in load_recipe(path, registry).evaluate.interventions]
     assert {name for spec in specs for name in spec.names} == set(registry.interventions)
+
+
+def test_the_comparison_asks_for_six_methods_and_a_control(registry: Registry) -> None:
+    members = load_members(COMPARE, registry)
+    assert len({member.recipe.find.strategy for member in members} - {"random", "shuffled"}) >= 6
+    assert members[-1].recipe.find.strategy == "random"
+    assert COMPARE.read_text(encoding="utf-8").startswith(FINDING[0].read_text(encoding="utf-8").partition("\n")[0])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
