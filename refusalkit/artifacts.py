@@ -16,6 +16,10 @@ from refusalkit.metric import Side
 
 Split = Literal["train", "validation", "test"]
 
+#: What stands beside the tensors of a stage, so that a file can be understood alone.
+LAYER_CONVENTION = "layer l is the block whose input is resid_pre[l]"
+AS_FOUND = "directions as found, not normalised: ablate removes the unit vector, steer adds as is"
+
 # JSON has no not-a-number: it is written as null and read back as NaN where a number must stand.
 MaybeNaN = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
 

@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -42,7 +42,7 @@ def run_batches(batches: Sequence[Batch], until: str, jobs: int) -> int:
     """Run everything, say at the end how each run went, compare the runs of sweeps, and return the exit status."""
     tasks = [task for batch in batches for task in _tasks(batch, until)]
     ended: dict[str, Ended] = {}
-    with _sweep_folders(batches):
+    with sweep_folders(batches):
         try:
             run_all(tasks, jobs, ended)
         finally:
@@ -84,9 +84,8 @@ def table(tasks: Sequence[Task], ended: Mapping[str, Ended]) -> str:
         rows.append((name, state, duration(end.seconds) if end else "", _outcome(task, end)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-    counts = Counter("failed" if end.error else "done" for end in ended.values())
-    counts["not finished"] = len(tasks) - counts.total()
-    summary = ", ".join(f"{number} {state}" for state, number in counts.items() if number)
+    counts = Counter(state for _, state, *_ in rows)
+    summary = ", ".join(f"{counts[state]} {state}" for state in ("done", "failed", "not finished") if counts[state])
     return "\n".join([*(line[:80].rstrip() for line in lines), f"{count(len(tasks), 'run')}: {summary}"])
 
 
@@ -129,7 +128,7 @@ def _tasks(batch: Batch, until: str) -> Iterator[Task]:
 
 
 @contextmanager
-def _sweep_folders(batches: Sequence[Batch]) -> Iterator[None]:
+def sweep_folders(batches: Sequence[Batch]) -> Iterator[None]:
     """Make the folders of sweeps and keep other processes out of them."""
     with ExitStack() as stack:
         for batch in batches:
@@ -225,7 +224,12 @@ class Pool:
         assert worker.progress is not None
         if kind == "stage":
             worker.stage = details[0]
-        (worker.progress.stage if kind == "stage" else worker.progress.advance)(*details)
+        told: dict[str, Callable[..., None]] = {
+            "stage": worker.progress.stage,
+            "advance": worker.progress.advance,
+            "state": worker.progress.state,
+        }
+        told[kind](*details)
         return None
 
     def _say(self, worker: Worker, task: Task, end: Ended) -> None:

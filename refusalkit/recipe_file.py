@@ -102,17 +102,18 @@ def load_members(path: Path, registry: Registry, settings: Sequence[str] = ()) -
     if source.data.get("sweep", {}) == {}:
         return (Member(check(source, registry)),)
     _check_not_overruled(source)
-    members: list[Member] = []
-    for point in points(source.data["sweep"], source.where):
-        recipe = check(_at(source, point), registry)
-        for other in members:
-            if other.recipe.model_copy(update={"name": recipe.name}) == recipe:
-                raise InputError(
-                    f"the runs {other.run} and {point.name} are the same",
-                    where=source.where(("sweep",)),
-                    hint="a key that another one sets as a whole comes after it",
-                )
-        members.append(Member(recipe, point.name, point.values))
+    members = [
+        Member(check(_at(source, point), registry), point.name, point.values)
+        for point in points(source.data["sweep"], source.where)
+    ]
+    asked = [member.recipe.model_dump(mode="json", serialize_as_any=True, exclude={"name"}) for member in members]
+    for number, one in enumerate(asked):
+        if one in asked[:number]:
+            raise InputError(
+                f"the runs {members[asked.index(one)].run} and {members[number].run} are the same",
+                where=source.where(("sweep",)),
+                hint="a key that another one sets as a whole comes after it",
+            )
     return tuple(members)
 
 

@@ -79,7 +79,7 @@ def _word(value: Any) -> str:
         return ",".join([*nouns, *(f"{key}={_word(word)}" for key, word in value.items() if key not in _NOUNS)])
     if isinstance(value, list):
         return "+".join(map(_word, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _unused(name: str, taken: Mapping[str, Point]) -> str:

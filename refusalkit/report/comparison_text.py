@@ -36,7 +36,9 @@ def _table(comparison: Comparison, metric: str) -> Iterator[str]:
 def _rows(comparison: Comparison, metric: str, shown: Sequence[Side]) -> Iterator[Row]:
     yield ("run", "under", *shown)
     for model, entry in comparison.unmodified:
-        yield (model, "nothing", *(with_interval(entry.result(BASELINE, side, metric)) for side in shown))
+        before = [entry.result(BASELINE, side, metric) for side in shown]
+        if any(before):
+            yield (model, "nothing", *map(with_interval, before))
     for entry in comparison.entries:
         run = entry.label
         for label in comparison.labels:
