@@ -83,15 +83,17 @@ def execute(plan: Plan, out: Path, progress: Progress | None = None, until: str 
     if "capture" not in wanted:
         return
     activations = runner.stage(
-        Activations, lambda: capture.capture(recipe.capture, splits, recipe.find.needs, runner.bench())
+        Activations, lambda: capture.capture(recipe.capture, splits, plan.needs, runner.bench(), plan.sides)
     )
     if "find" not in wanted:
         return
-    candidates = runner.stage(Candidates, lambda: find.find(recipe.find, activations))
+    candidates = runner.stage(Candidates, lambda: find.find(plan.find, activations))
     write_candidates(out, candidates, plan)
     if "select" not in wanted:
         return
-    choice = runner.stage(Choice, lambda: select.select(recipe.select, candidates, splits, runner.bench()))
+    choice = runner.stage(
+        Choice, lambda: select.select(recipe.select, (plan.find, activations, candidates), splits, runner.bench())
+    )
     write_choice(out, choice, plan)
     if "evaluate" not in wanted:
         return

@@ -26,6 +26,7 @@ from refusalkit.engine.layout import layout_of
 from refusalkit.engine.lower import Pack, counted_from, lower, packs
 from refusalkit.engine.memory import out_of_memory
 from refusalkit.engine.request import Request, answer
+from refusalkit.engine.states import mean_states
 from refusalkit.errors import RunError
 from refusalkit.intervention import NOTHING, Intervention, Site
 from refusalkit.selector import Advance, Attribution, Measure
@@ -180,6 +181,16 @@ class Engine:
 
         self._over(prompts, run, prefix=prefix, shared_cache=False)
         return values
+
+    def mean_states(
+        self,
+        prompts: Sequence[Tokens],
+        interventions: Sequence[Intervention],
+        layers: Sequence[int],
+        advance: Advance | None = None,
+    ) -> Tensor:
+        """Return what blocks hand on at the prompts' last token, averaged: [intervention, layer, d_model] float64."""
+        return mean_states(self, prompts, interventions, layers, advance)
 
     def _pack_by_parts(
         self,
