@@ -17,6 +17,10 @@ from refusalkit.strategy import Captured
 
 Split = Literal["train", "validation", "test"]
 
+#: What stands beside the tensors of a stage, so that a file can be understood alone.
+LAYER_CONVENTION = "layer l is the block whose input is resid_pre[l]"
+AS_FOUND = "directions as found, not normalised: ablate removes the unit vector, steer adds as is"
+
 # JSON has no not-a-number: it is written as null and read back as NaN where a number must stand.
 MaybeNaN = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
 
@@ -95,8 +99,8 @@ class PromptSplits(Artifact):
         return {side: splits for side, splits in present.items() if splits is not None}
 
     def of(self, side: Side, split: Split) -> tuple[str, ...]:
-        """Return the prompts of one side and split."""
-        return self.sides[side][split]
+        """Return the prompts of one side and split; none where there is no such side."""
+        return self.sides.get(side, {}).get(split, ())
 
 
 class Activations(Artifact):
@@ -141,9 +145,9 @@ class Candidates(Artifact):
     positions: tuple[int, ...]
     directions: Tensor
     """[position, layer, d_model] or [position, layer, rank, d_model] float64, as found (not normalised)."""
-    cosines: Tensor
+    cosines: Tensor | None = None
     """[position, layer] float64: of each direction, or the first row of a subspace, with the difference in means there;
-    not-a-number where one of the two is zero."""
+    not-a-number where one of the two is zero, and None where the activations are not known."""
     repairs: bool = False
     """Whether it was found from over-refusal prompts, to answer them."""
 
@@ -174,6 +178,8 @@ class Choice(Artifact):
     scores: tuple[ScoreRow, ...]
     baseline_refusal_score: float | None
     baseline_harmless_score: float | None
+    cosine: MaybeNaN | None = None
+    """Between the direction, of a subspace the first row, and the difference in means at the same place."""
 
     @property
     def chosen(self) -> ScoreRow:
@@ -184,6 +190,18 @@ class Choice(Artifact):
     def n_survivors(self) -> int:
         """How many candidates passed every filter, the chosen one included."""
         return sum(row.status in ("chosen", "survivor") for row in self.scores)
+
+
+class Unmodified(Artifact):
+    """Hold what the unmodified model writes to the test prompts, with which every intervention is compared.
+
+    No stage of its own: it is made during `evaluate`, and kept apart because it does not depend on any direction.
+    """
+
+    stage = "baseline"
+
+    completions: dict[Side, tuple[tuple[int, ...], ...]]
+    """Greedy completions as token ids, one a test prompt, of the sides on which a metric looks at them."""
 
 
 class Result(Frozen):
@@ -200,6 +218,10 @@ class Result(Frozen):
     """How many prompts the number rests on; those without a value are not counted."""
     unit: str
     kind: Literal["rate", "mean"]
+    values: tuple[MaybeNaN, ...] = ()
+    """One value a test prompt, in their order; not-a-number where a prompt has none."""
+    weights: tuple[float, ...] | None = None
+    """What each prompt counts in the mean; null for equally."""
 
 
 class Generated(Frozen):

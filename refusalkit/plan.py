@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import refusalkit
 from refusalkit.arithmetic import Find, content, fitted
-from refusalkit.artifacts import Split
+from refusalkit.artifacts import AS_FOUND, LAYER_CONVENTION, Split
 from refusalkit.checkpoint import Checkpoint, open_checkpoint
 from refusalkit.errors import InputError, nearest
 from refusalkit.metric import SIDES, Side
@@ -24,12 +24,15 @@ from refusalkit.prompt_split import check_leaks, in_proportion, split_pool, with
 from refusalkit.recipe import PromptFiles, PromptsSection, Recipe
 from refusalkit.registry import Registry
 from refusalkit.selector import Selector
+from refusalkit.stages.evaluate import WRITTEN
 from refusalkit.stages.prompts import Request
 from refusalkit.store import STAGES, content_key
-from refusalkit.strategy import LAYER_CONVENTION, Setting
+from refusalkit.strategy import Setting
 from refusalkit.template import ChatTemplate, Thinking
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+#: Ends the key of captured activations that hold every prompt's. What follows from the means does not depend on it.
+_SAMPLES = "+samples"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +45,11 @@ class Plan:
     template: ChatTemplate
     prompts: Request
     keys: Mapping[str, str]
-    """The content key of every stage."""
+    """The content key of every stage, and of the unmodified model's completions (`baseline`)."""
     find: Find
     """The section `find` as it runs on this model, its files looked up."""
+    keeps_samples: bool = False
+    """Whether capture keeps every prompt's activations although this recipe asks for the means alone."""
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -53,8 +58,20 @@ class Plan:
 
     @property
     def needs(self) -> Literal["means", "samples"]:
-        """What capture has to keep."""
-        return _needs(self.find, self.recipe.select)
+        """What capture keeps."""
+        return "samples" if self.keeps_samples else _needs(self.find, self.recipe.select)
+
+    def key(self, stage: str) -> str:
+        """Return the key to write the artifact of `stage` under."""
+        return self.keys[stage] + (_SAMPLES if stage == "capture" and self.needs == "samples" else "")
+
+    def accepts(self, stage: str) -> tuple[str, ...]:
+        """Return the keys under which a finished artifact of `stage` serves: samples come with the same means."""
+        if stage != "capture":
+            return (self.keys[stage],)
+        with_samples = self.keys[stage] + _SAMPLES
+        asks_for_samples = _needs(self.find, self.recipe.select) == "samples"
+        return (with_samples,) if asks_for_samples else (self.keys[stage], with_samples)
 
     @property
     def n_candidates(self) -> int:
@@ -73,11 +90,11 @@ class Plan:
             "layer_convention": LAYER_CONVENTION,
             "positions": ",".join(map(str, self.prompts.positions)),
             "strategy": self.find.label,
-            "operation": "directions as found, not normalised: ablate removes the unit vector, steer adds as is",
+            "operation": AS_FOUND,
         }
 
 
-def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
+def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples: bool = False) -> Plan:
     """Resolve a recipe whose relative paths start at `folder`.
 
     Raises `InputError` for a model, adapter, prompt source or option that cannot be used.
@@ -85,7 +102,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
     pools, dropped = read_pools(recipe.prompts, folder, registry)
     checkpoint = open_checkpoint(recipe.model, registry)
     _check_quantized(recipe)
-    template = _template(recipe, checkpoint)
+    template = chat_template(recipe, checkpoint)
     _check_interventions(recipe, checkpoint, template)
     wanted = recipe.find.reads_at if recipe.capture.positions == "auto" else recipe.capture.positions
     if recipe.select.openers != "auto":
@@ -114,7 +131,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
         ),
     )
     keys = _keys(recipe, find, registry, checkpoint, (template, request))
-    return Plan(recipe, registry, checkpoint, template, request, keys, find)
+    return Plan(recipe, registry, checkpoint, template, request, keys, find, keeps_samples)
 
 
 def _sides(find: Find) -> tuple[Side, ...]:
@@ -123,6 +140,7 @@ def _sides(find: Find) -> tuple[Side, ...]:
 
 
 def _needs(find: Find, select: Selector) -> Literal["means", "samples"]:
+    """Return what a recipe asks capture to keep."""
     return "samples" if "samples" in {select.needs, *(strategy.needs for strategy in find.strategies)} else "means"
 
 
@@ -138,7 +156,7 @@ def _check_sides(recipe: Recipe) -> None:
         )
 
 
-def _template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
+def chat_template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
     """Resolve how prompts are rendered, with the thinking mode off unless the recipe switches it on."""
     template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, instead=recipe.prompts.chat_template)
     options: dict[str, Any] = dict(recipe.prompts.template_options)
@@ -311,11 +329,7 @@ def _keys(
             **({"over_refusal": request.over_refusal} if request.over_refusal else {}),
             **({} if request.openers_needed else {"openers_needed": False}),
         },
-        "capture": {
-            "site": recipe.capture.site,
-            "needs": _needs(find, recipe.select),
-            **({"sides": extra_sides} if extra_sides else {}),
-        },
+        "capture": {"site": recipe.capture.site, **({"sides": extra_sides} if extra_sides else {})},
         "find": {
             "section": content(find),
             "owner": owner("strategies", find.strategy),
@@ -335,4 +349,7 @@ def _keys(
     parent = ""
     for stage in STAGES:
         parent = keys[stage] = content_key({"stage": stage, "parent": parent, "own": own[stage]})
-    return keys
+    sides = {side for metric in evaluate.metrics if metric.needs in WRITTEN for side in metric.sides}
+    sides &= set(request.sides)
+    written = {"sides": sorted(sides), "max_new_tokens": evaluate.max_new_tokens}
+    return {**keys, "baseline": content_key({"stage": "baseline", "parent": keys["prompts"], "own": written})}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from refusalkit.artifacts import Split
+from refusalkit.batch import Batch
 from refusalkit.checkpoint import Checkpoint
 from refusalkit.plan import SPLITS, Plan
 from refusalkit.store import STAGES, Store
@@ -31,9 +34,9 @@ def describe(plan: Plan, out: Path) -> str:
         ("weights", f"{parameters / 1e6:.1f} M parameters, about {_human(size)} of memory, {recipe.model.where}"),
         ("template", f"{before!r} … {after!r}"),
         *_template(plan.template),
-        *[(side, _counts(plan, side)) for side in ("harmful", "harmless")],
+        *[(side.replace("_refusal", "-ref."), _counts(splits)) for side, splits in plan.prompts.sides.items()],
         ("capture", f"{recipe.capture.site} at {len(plan.prompts.positions)} positions: {positions}"),
-        ("find", f"{recipe.find.strategy}: {plan.n_candidates} candidates"),
+        ("find", f"{plan.find.label}: {plan.n_candidates} candidates"),
         ("select", f"{recipe.select.selector}, {_options(recipe.select)}"),
         ("evaluate", ", ".join(spec.label for spec in recipe.evaluate.interventions)),
         ("", ", ".join(metric.metric for metric in recipe.evaluate.metrics)),
@@ -42,6 +45,26 @@ def describe(plan: Plan, out: Path) -> str:
         *_done(plan, out),
     ]
     return "\n".join(f"{name:<9} {text}" for name, text in rows)
+
+
+def describe_sweep(batch: Batch) -> str:
+    """Return the first run's plan, how often each stage of the sweep is computed, and what is done in each run."""
+    first, runs = batch.runs[0], batch.runs
+    counts = []
+    for stage in (*STAGES, "baseline"):
+        times = len({run.plan.key(stage) for run in runs})
+        counts.append(f"{stage} {'once' if times == 1 else f'{times} times'}")
+    *stages, baseline = counts
+    width = max(len(str(run.member.run)) for run in runs)
+    done = [f"{run.member.run!s:<{width}}  {', '.join(_finished(run.plan, run.out)) or 'nothing yet'}" for run in runs]
+    rows = [
+        ("sweep", f"{len(runs)} runs over {', '.join(first.member.values)}, in {batch.folder}"),
+        ("computed", ", ".join(stages)),
+        ("", f"completions of the unmodified model {baseline.partition(' ')[2]}"),
+        *[("done" if number == 0 else "", text) for number, text in enumerate(done)],
+    ]
+    lines = [f"{name:<9} {text}".rstrip() for name, text in rows]
+    return "\n".join([*lines, "", "The first run:", "", describe(first.plan, first.out)])
 
 
 def _template(template: ChatTemplate) -> list[tuple[str, str]]:
@@ -63,32 +86,38 @@ def _options(section: Any) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items() if key != "selector")
 
 
-def _counts(plan: Plan, side: str) -> str:
-    splits = plan.prompts.harmful if side == "harmful" else plan.prompts.harmless
+def _counts(splits: Mapping[Split, tuple[str, ...]]) -> str:
     return ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
 
 
 def _passes(plan: Plan) -> list[str]:
     """Count forward passes of one prompt: exactly where that is possible, else the most there can be."""
-    asked = plan.prompts
-    train = len(asked.harmful["train"]) + len(asked.harmless["train"])
-    harmful, harmless = len(asked.harmful["validation"]), len(asked.harmless["validation"])
-    test = len(asked.harmful["test"]) + len(asked.harmless["test"])
+    sides = plan.prompts.sides
+    captured = sum(len(sides[side]["train"]) for side in plan.sides)
+    read, test = (sum(len(splits[split]) for splits in sides.values()) for split in ("train", "test"))
+    validation = {side: len(splits["validation"]) for side, splits in sides.items()}
+    # On harmless prompts two things are measured, on the others one.
+    a_candidate = validation["harmless"] + sum(validation[side] for side in plan.recipe.select.sides)
+    selecting = f"at most {plan.n_candidates * a_candidate}, most far fewer"
     acting = [spec for spec in plan.recipe.evaluate.interventions if spec.uses_direction]
     controls = sum(not spec.on_weights for spec in acting) * plan.recipe.evaluate.controls
     cases = 1 + len(acting) + controls
     return [
-        f"prompts {train + harmful + harmless} passes of one prompt, capture at most {train}",
-        f"select at most {plan.n_candidates * (2 * harmless + harmful)}, most far fewer",
+        f"prompts {read + sum(validation.values())} passes of one prompt, capture at most {captured}",
+        f"select {selecting if plan.recipe.select.runs_model else 'none'}",
         f"evaluate {cases * test} and as many completions of up to {plan.recipe.evaluate.max_new_tokens} tokens",
     ]
 
 
 def _done(plan: Plan, out: Path) -> list[tuple[str, str]]:
-    store = Store(out)
-    done = [stage for stage in STAGES if store.key(stage) == plan.keys[stage]]
+    done = _finished(plan, out)
     waiting = [stage for stage in STAGES if stage not in done]
     return [("done", ", ".join(done) or "nothing yet"), ("to do", ", ".join([*waiting, "report"]))]
+
+
+def _finished(plan: Plan, out: Path) -> list[str]:
+    store = Store(out)
+    return [stage for stage in STAGES if store.key(stage) in plan.accepts(stage)]
 
 
 def _weight(checkpoint: Checkpoint) -> tuple[int, int]:

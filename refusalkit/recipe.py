@@ -152,8 +152,8 @@ class EvaluateSection(Section):
 class Recipe(Section):
     """Declare a whole run, from the model to the report."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """A short name; the run directory is called after it."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._=,+-]*)?$")]
+    """A short name; the run directory is called after it. A run of a sweep is called SWEEP/RUN."""
     description: str | None = None
     """What the run is for, shown at the top of the report."""
     model: ModelSection
@@ -168,6 +168,9 @@ class Recipe(Section):
     """How to choose one of them: `selector` and its options."""
     evaluate: EvaluateSection
     """What to do with it and what to measure."""
+    sweep: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict, exclude=True)
+    """Dotted keys with lists of values, such as `find: [difference_in_means, pca]` or `prompts.seed: [0, 1, 2]`. Every
+    combination is a run of its own in a folder below the sweep's; stages that come out the same are computed once."""
 
     @field_validator("description")
     @classmethod

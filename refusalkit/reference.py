@@ -27,6 +27,8 @@ from pydantic.fields import FieldInfo
 from refusalkit import hookspecs
 from refusalkit.adapter import Adapter, Family, Gain, Matrix, Refusal, Write
 from refusalkit.cli import app
+from refusalkit.interchange.content import Trait
+from refusalkit.interchange.formats import FORMATS
 from refusalkit.intervention import InterventionSpec
 from refusalkit.metric import Metric
 from refusalkit.prompt_source import PromptSource
@@ -49,6 +51,7 @@ def pages() -> dict[str, str]:
         "recipe.md": recipe_page(registry),
         "command-line.md": command_line_page(),
         "hooks.md": hooks_page(registry),
+        "formats.md": formats_page(),
     }
 
 
@@ -297,6 +300,41 @@ def attribute_docs(cls: type) -> dict[str, str]:
             ):
                 found[field.target.id] = " ".join(str(after.value.value).split())
     return found
+
+
+# -- formats ----------------------------------------------------------------------------------------------------
+
+
+def formats_page() -> str:
+    """List the formats of directions that are read and written, and what each can say."""
+    intro = (
+        "`refusalkit convert SOURCE TARGET` reads and writes every one of them. Sources are told by name and content. "
+        "A target is told by how it ends; `--to` chooses where several end alike."
+    )
+    head = ("format", "ends in", "done with it", "subspace", "kept", "needs the model")
+    needs = {"nothing": "no", "model_type": "its configuration, where the source does not say", "model": "yes"}
+    rows = [
+        (
+            f"`{kind.name}`",
+            ", ".join(f"`{suffix}`" if suffix else "a folder" for suffix in kind.suffixes),
+            " or ".join(f"`{operation}`" for operation in kind.says) or "left open",
+            "yes" if kind.subspaces else "no",
+            ", ".join(trait for trait in typing.get_args(Trait) if trait in kind.keeps),
+            needs[kind.needs],
+        )
+        for kind in FORMATS
+    ]
+    table = [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+    items = [line for kind in FORMATS for line in _item(f"`{kind.name}`", f"{kind.what}. Cannot say {kind.limits}.")]
+    lines = ["# Formats", "", NOTICE, "", *_wrapped(intro), "", *table, "", *items, "", *_wrapped(_TRAITS)]
+    return "\n".join(lines) + "\n"
+
+
+_TRAITS = (
+    "*Kept* lists what survives: `digits` beyond float32, `length` of the rows of a subspace, `operation`, `layer` and "
+    "`position` of a direction that is removed everywhere (one that is added always has its layer), `provenance` "
+    "(model, template, strategy), and the rest of a `run` where the target is a folder."
+)
 
 
 # -- text -------------------------------------------------------------------------------------------------------

@@ -160,6 +160,8 @@ class Selector(BaseModel, ABC):
     """What capture has to keep for it: nothing, or every prompt's activations."""
     sides: ClassVar[tuple[Side, ...]] = ("harmful", "harmless")
     """The prompts it selects on."""
+    runs_model: ClassVar[bool] = True
+    """Whether it asks the model anything."""
     scores_refusals: ClassVar[bool] = True
     """Whether it looks at refusal scores, and so at the openers."""
     openers: Literal["auto"] | tuple[str | TokenId, ...] = "auto"

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from refusalkit.intervention import Site
 
-#: What a layer's number means here, written beside every direction: other tools count outputs, or the embedding.
-LAYER_CONVENTION = "layer l is the block whose input is resid_pre[l]"
-
 
 @dataclass(frozen=True, eq=False)
 class Captured:

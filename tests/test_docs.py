@@ -30,13 +30,14 @@ from refusalkit.cli import app
 from refusalkit.pipeline import execute
 from refusalkit.plan import make_plan, read_pools
 from refusalkit.recipe import Recipe, json_schema
-from refusalkit.recipe_file import Source, check, load_recipe
+from refusalkit.recipe_file import Source, check, load_members, load_recipe
 from refusalkit.registry import Registry, load_registry
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-METHODS = sorted((ROOT / "recipes" / "methods").glob("*.yaml"))
+COMPARE = ROOT / "recipes" / "methods" / "compare.yaml"
+METHODS = sorted(path for path in COMPARE.parent.glob("*.yaml") if path != COMPARE)
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
 
 #: What the sandbox's copy of the quickstart asks for instead, so that a page takes seconds.
@@ -131,6 +132,13 @@ def test_every_method_runs_and_differs_from_the_others_in_one_line(path: Path, t
 def test_every_strategy_that_needs_no_more_than_prompts_has_a_recipe(registry: Registry) -> None:
     shown = {load_recipe(path, registry).find.strategy for path in METHODS}
     assert shown == set(registry.strategies)
+
+
+def test_the_comparison_asks_for_six_methods_and_a_control(registry: Registry) -> None:
+    members = load_members(COMPARE, registry)
+    assert len({member.recipe.find.strategy for member in members} - {"random", "shuffled"}) >= 6
+    assert members[-1].recipe.find.strategy == "random"
+    assert COMPARE.read_text(encoding="utf-8").startswith(METHODS[0].read_text(encoding="utf-8").partition("\n")[0])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

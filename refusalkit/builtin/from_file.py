@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import PrivateAttr
 
 from refusalkit.errors import InputError, nearest
-from refusalkit.strategy import LAYER_CONVENTION, Captured, Setting, Strategy
+from refusalkit.strategy import Captured, Setting, Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,6 +142,8 @@ def _chosen(names: Sequence[str], asked: str | None, where: str) -> str:
 
 def _check(stored: Stored, setting: Setting) -> None:
     """Refuse directions that are not of this model, this site, or any shape there is a meaning for."""
+    from refusalkit.artifacts import LAYER_CONVENTION
+
     shape, said = list(stored.shape), stored.metadata
     origin = f" of {said['model']}" if "model" in said else ""
     if not 1 <= len(shape) <= (4 if stored.place is None else 2):

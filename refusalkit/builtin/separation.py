@@ -29,6 +29,7 @@ class Separation(Selector):
 
     selector: Literal["separation"] = "separation"
     needs = "samples"
+    runs_model = False
     scores_refusals = False
     folds: Annotated[int, Field(ge=2, strict=True)] = 5
     """How many parts the training prompts are divided into."""

@@ -30,6 +30,8 @@ class Capture:
     positions: Sequence[int]
     site: Site = "resid_pre"
     keep_samples: bool = False
+    layers: tuple[int, ...] | None = None
+    """Ascending; None for all. Nothing above the last one runs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +130,8 @@ Request = Capture | Scores | Openings | Readings | Completions | Losses | Cosine
 def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
     """Answer one request on this machine."""
     match request:
-        case Capture(prompts, positions, site, keep_samples):
-            return engine.capture(prompts, positions, site, keep_samples=keep_samples, advance=advance)
+        case Capture(prompts, positions, site, keep_samples, layers):
+            return engine.capture(prompts, positions, site, layers=layers, keep_samples=keep_samples, advance=advance)
         case Scores(prompts, interventions, measure):
             return engine.measure(prompts, interventions, measure, advance)
         case Openings():

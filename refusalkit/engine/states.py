@@ -24,7 +24,7 @@ def mean_states(
     prompts: Sequence[Tokens],
     interventions: Sequence[Intervention],
     layers: Sequence[int],
-    advance: Advance | None,
+    advance: Advance | None = None,
 ) -> Tensor:
     """Return the mean over prompts of resid_post at the last token: [intervention, layer, d_model] float64.
 
@@ -57,5 +57,5 @@ def mean_states(
         # Not before the whole batch is through: one that runs out of memory is run again, in parts.
         total.add_(sums)
 
-    engine._over(prompts, run, prefix=prefix, shared_cache=False)
+    engine._over(prompts, run, prefix=prefix)
     return total[:, order] / len(prompts)

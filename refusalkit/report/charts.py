@@ -86,9 +86,9 @@ def rate_figures(run: Run) -> list[Figure]:
     """Draw every rate, the sides next to each other."""
     return [
         Figure(
-            name=_file_name("rate", metric),
-            title=f"{_words(metric)[0].upper()}{_words(metric)[1:]} by intervention",
-            description=f"{_words(metric)} with 95% intervals, for every kind of request, by intervention.",
+            name=file_name("rate", metric),
+            title=f"{words(metric)[0].upper()}{words(metric)[1:]} by intervention",
+            description=f"{words(metric)} with 95% intervals, for every kind of request, by intervention.",
             chart=intervals.chart(run.evaluation.results, metric, "share of held-out requests"),
             min_width=320,
         )
@@ -103,9 +103,9 @@ def mean_figures(run: Run) -> list[Figure]:
         unit = next(row.unit for row in run.evaluation.results if row.metric == metric)
         drawn.append(
             Figure(
-                name=_file_name("mean", metric),
-                title=f"{_words(metric)[0].upper()}{_words(metric)[1:]} by intervention",
-                description=f"Mean {_words(metric)} in {unit} with 95% intervals, by intervention.",
+                name=file_name("mean", metric),
+                title=f"{words(metric)[0].upper()}{words(metric)[1:]} by intervention",
+                description=f"Mean {words(metric)} in {unit} with 95% intervals, by intervention.",
                 chart=intervals.chart(run.evaluation.results, metric, unit),
                 min_width=320,
             )
@@ -130,7 +130,7 @@ def heat_maps(run: Run) -> list[Figure]:
             min_width=40 + 7 * max(map(len, labels.values())) + 11 * n_layers,
             saved_width=max(180, min(24 * n_layers, 960)),
         )
-        for score in heat_map.scores(run.choice)
+        for score in heat_map.scores(run.choice) + heat_map.compared(run.candidates)
     ]
 
 
@@ -206,10 +206,11 @@ def _separation_chart(rows: Sequence[dict[str, Any]], chosen: int) -> alt.LayerC
     return alt.layer(mark, band, line, points).properties(width="container", height=280)
 
 
-def _words(metric: str) -> str:
+def words(metric: str) -> str:
     """Write a metric's name as words; short names are abbreviations."""
     return metric.upper() if len(metric) <= 2 else metric.replace("_", " ")
 
 
-def _file_name(*parts: str) -> str:
+def file_name(*parts: str) -> str:
+    """Name a figure in letters that file systems take."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts)).strip("-")

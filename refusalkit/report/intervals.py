@@ -20,8 +20,10 @@ LINE = 14
 QUIET = 0.5
 
 
-def chart(results: Sequence[Result], metric: str, unit: str) -> alt.LayerChart | alt.FacetChart:
-    """Draw `metric` for every intervention, one row an intervention and one line a side."""
+def chart(
+    results: Sequence[Result], metric: str, unit: str, rows: str = "intervention"
+) -> alt.LayerChart | alt.FacetChart:
+    """Draw `metric` for every intervention, one row an intervention and one line a side; `rows` says what rows are."""
     measured = [row for row in results if row.metric == metric]
     order = in_order([row.intervention for row in measured])
     shown, every = ([side_name(side) for side in listed] for listed in (sides(measured, metric), SIDES))
@@ -36,7 +38,7 @@ def chart(results: Sequence[Result], metric: str, unit: str) -> alt.LayerChart |
         color=alt.Color("side:N").scale(domain=every, range="category").title(None).legend(orient="top", values=shown),
         opacity=alt.condition("datum.control", alt.value(QUIET), alt.value(1)),
         tooltip=[
-            alt.Tooltip("intervention:N", title="intervention"),
+            alt.Tooltip("intervention:N", title=rows),
             alt.Tooltip("side:N", title="requests"),
             alt.Tooltip("shown:N", title=f"{metric} [95%]"),
             alt.Tooltip("n:Q", title="n"),

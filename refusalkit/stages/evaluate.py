@@ -18,6 +18,7 @@ from refusalkit.artifacts import (
     PromptSplits,
     Result,
     Separation,
+    Unmodified,
     WeightEdit,
 )
 from refusalkit.builtin.interventions import ablate_everywhere
@@ -29,6 +30,8 @@ from refusalkit.metric import Evidence, Metric, Need, Side
 from refusalkit.recipe import EvaluateSection
 from refusalkit.stages.bench import Bench
 
+#: What metrics need that rests on completions of the unmodified model.
+WRITTEN: set[Need] = {"completions", "losses"}
 Tokens = tuple[int, ...]
 
 
@@ -78,8 +81,30 @@ class Outcome:
 Outcomes = dict[tuple[str, Side], Outcome]
 
 
+def complete(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> Unmodified:
+    """Let the unmodified model complete the test prompts, where a metric looks at what it writes.
+
+    Raises `RunError` where no completion comes to an answer.
+    """
+    writing = [each for each in _asked(section, splits, bench) if each.needs & WRITTEN]
+    requests = [Completions(each.openings, NOTHING, each.max_new_tokens) for each in writing]
+    found = bench.engine.run(requests, bench.advance("completions of the unmodified model")) if requests else []
+    written = {each.side: tuple(completions) for each, completions in zip(writing, found, strict=True)}
+    if any(all(bench.template.answer(ids) is None for ids in completions) for completions in written.values()):
+        raise RunError(
+            f"no completion comes to an answer: every thought is longer than {section.max_new_tokens} tokens",
+            where="evaluate.max_new_tokens",
+            hint="raise it, or leave `prompts.thinking` out",
+        )
+    return Unmodified(completions=written)
+
+
 def evaluate(
-    section: EvaluateSection, found: tuple[Activations, Choice], splits: PromptSplits, bench: Bench
+    section: EvaluateSection,
+    found: tuple[Activations, Choice],
+    splits: PromptSplits,
+    unmodified: Unmodified,
+    bench: Bench,
 ) -> Evaluation:
     """Run every intervention, and its random controls, on every side's test prompts.
 
@@ -97,7 +122,8 @@ def evaluate(
         activations.harmful_mean[row].float(),
     )
     cases = _cases(section, direction)
-    asked = _completed(_asked(section, splits, bench), bench)
+    written = unmodified.completions
+    asked = [replace(each, completions=written.get(each.side, ())) for each in _asked(section, splits, bench)]
     outcomes, separation = _on_activations(
         [c for c in cases if c.intervention.weights is None], asked, direction, bench
     )
@@ -163,21 +189,6 @@ def _asked(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tupl
         )
         for side in splits.sides
     )
-
-
-def _completed(asked: Sequence[Asked], bench: Bench) -> tuple[Asked, ...]:
-    """Let the unmodified model complete the prompts, where a metric looks at what it writes."""
-    writing = [each for each in asked if each.needs & {"completions", "losses"}]
-    requests = [Completions(each.openings, NOTHING, each.max_new_tokens) for each in writing]
-    found = bench.engine.run(requests, bench.advance("completions of the unmodified model")) if requests else []
-    written = {each.side: tuple(completions) for each, completions in zip(writing, found, strict=True)}
-    if any(all(bench.template.answer(ids) is None for ids in completions) for completions in written.values()):
-        raise RunError(
-            f"no completion comes to an answer: every thought is longer than {asked[0].max_new_tokens} tokens",
-            where="evaluate.max_new_tokens",
-            hint="raise it, or leave `prompts.thinking` out",
-        )
-    return tuple(replace(each, completions=written.get(each.side, ())) for each in asked)
 
 
 def _on_activations(
@@ -315,24 +326,24 @@ def _results(
     measured = [(metric, _result(metric, case.label, evidence, seed)) for metric in asked.metrics]
     generated = []
     if texts:
-        verdicts = [values for metric, (_, values) in measured if (metric.kind, metric.needs) == _VERDICT]
+        verdicts = [result.values for metric, result in measured if (metric.kind, metric.needs) == _VERDICT]
         refused = tuple(value == 1 for value in verdicts[0]) if verdicts else None
         generated = [Generated(intervention=case.label, prompts=asked.side, texts=texts, refused=refused)]
-    return [result for _, (result, _) in measured], generated
+    return [result for _, result in measured], generated
 
 
 #: What tells of each completion whether it is a refusal.
 _VERDICT = ("rate", "completions")
 
 
-def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> tuple[Result, tuple[float, ...]]:
+def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> Result:
     measured = metric.measure(evidence)
     if metric.kind == "rate":
         interval = wilson(measured.values)
     else:
         interval = bootstrap(measured.values, measured.weights, seed=seed)
     kind: Literal["rate", "mean"] = metric.kind
-    result = Result(
+    return Result(
         intervention=label,
         prompts=evidence.side,
         metric=metric.metric,
@@ -342,8 +353,9 @@ def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> tuple[
         n=interval.n,
         unit=metric.unit,
         kind=kind,
+        values=measured.values,
+        weights=measured.weights,
     )
-    return result, measured.values
 
 
 def _separation(side: Side, cosines: Tensor) -> Separation:
