@@ -55,31 +55,31 @@ class MinusProjection(Operation):
     """Subtract the projection on another strategy's direction, or on the subspace it returns, place by place."""
 
     operation: Literal["minus_projection"] = "minus_projection"
-    on: Strategy
+    onto: Strategy
     """The other strategy."""
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """How much of the projection is subtracted; 1 leaves nothing of it."""
 
     @property
     def others(self) -> tuple[Strategy, ...]:
-        return (self.on,)
+        return (self.onto,)
 
     @property
     def label(self) -> str:
         share = "" if self.share == 1 else f" ({self.share:g} of it)"
-        return f"{self.operation} on {self.on.strategy}{share}"
+        return f"{self.operation} onto {self.onto.strategy}{share}"
 
     def fitted(self, setting: Setting) -> Operation:
-        return self.model_copy(update={"on": self.on.fitted(setting)})
+        return self.model_copy(update={"onto": self.onto.fitted(setting)})
 
     @property
     def content(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", exclude={"on"}) | {"on": self.on.content}
+        return self.model_dump(mode="json", exclude={"onto"}) | {"onto": self.onto.content}
 
     def apply(self, directions: Tensor, found: Callable[[Strategy], Tensor]) -> Tensor:
         from refusalkit import algebra
 
-        return algebra.minus_projection(directions, found(self.on), self.share)
+        return algebra.minus_projection(directions, found(self.onto), self.share)
 
 
 class Normalize(Operation):

@@ -39,7 +39,7 @@ class Harmfulness(Strategy):
                 f"{self.strategy} is read at the instruction's last token, {setting.instruction_end}, and captured is "
                 f"{', '.join(map(str, setting.positions))}",
                 where="capture.positions",
-                hint="leave it out, or write `positions: instruction_end`",
+                hint="write `positions: instruction_end` below `capture:`",
             )
         return self
 
