@@ -58,6 +58,15 @@ class Strategy(BaseModel, ABC):
     """The prompts it finds from. With `over_refusal` among them `find` gets a third argument of that name."""
     reads_at: ClassVar[Literal["post_instruction", "instruction_end"]] = "post_instruction"
     """The positions that `capture.positions: auto` stands for."""
+    reads_files: ClassVar[bool] = False
+    """Whether its directions come from elsewhere, so that there is nothing it could find in activations."""
+    control: ClassVar[bool] = False
+    """Whether it is there to compare with, and must not find what tells the two sides apart."""
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether finding runs backward passes, which a shared server does not allow."""
+        return False
 
     def fitted(self, setting: Setting) -> Strategy:
         """Return the strategy as it runs there, its files looked up; raise `InputError` where it means nothing."""

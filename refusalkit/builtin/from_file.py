@@ -60,6 +60,7 @@ class FromFile(Strategy):
     """
 
     strategy: Literal["from_file"] = "from_file"
+    reads_files = True
     path: str
     """The file, relative to the recipe."""
     tensor: str | None = None
