@@ -157,14 +157,18 @@ def _run(runner: Runner, until: str) -> None:
     splits = runner.stage(PromptSplits, lambda: prompts.settle(plan.prompts, runner.bench()))
     if "capture" not in wanted:
         return
-    activations = runner.stage(Activations, lambda: capture.capture(recipe.capture, splits, plan.needs, runner.bench()))
+    activations = runner.stage(
+        Activations, lambda: capture.capture(recipe.capture, splits, plan.needs, runner.bench(), plan.sides)
+    )
     if "find" not in wanted:
         return
-    candidates = runner.stage(Candidates, lambda: find.find(recipe.find, activations))
+    candidates = runner.stage(Candidates, lambda: find.find(plan.find, activations))
     write_candidates(out, candidates, plan.metadata("find"))
     if "select" not in wanted:
         return
-    choice = runner.stage(Choice, lambda: select.select(recipe.select, candidates, splits, runner.bench()))
+    choice = runner.stage(
+        Choice, lambda: select.select(recipe.select, (plan.find, activations, candidates), splits, runner.bench())
+    )
     write_choice(out, choice, plan.metadata("select"))
     if "evaluate" not in wanted:
         return
@@ -283,7 +287,7 @@ def write_choice(out: Path, choice: Choice, metadata: Mapping[str, str]) -> None
 
 def summary(recipe: str, model: Mapping[str, str | None], choice: Choice, results: Sequence[Result]) -> dict[str, Any]:
     """Return the content of `summary.json`, version 1; other tools rely on it."""
-    chosen = choice.chosen
+    chosen, baseline = choice.chosen, choice.baseline_refusal_score
     return {
         "version": 1,
         "recipe": recipe,
@@ -294,7 +298,8 @@ def summary(recipe: str, model: Mapping[str, str | None], choice: Choice, result
             "refusal_score": chosen.refusal_score,
             "induced_score": chosen.induced_score,
             "kl_nats": chosen.kl_nats,
-            "baseline_refusal_score": None if isnan(choice.baseline_refusal_score) else choice.baseline_refusal_score,
+            "baseline_refusal_score": None if baseline is None or isnan(baseline) else baseline,
+            "cosine_with_difference_in_means": None if choice.cosine is None or isnan(choice.cosine) else choice.cosine,
             "n_candidates": len(choice.scores),
             "n_survivors": choice.n_survivors,
         },

@@ -100,6 +100,15 @@ def scores(
     return found
 
 
+def states(model: Any, programs: Sequence[Program], batches: Sequence[Inputs]) -> list[Tensor]:
+    """Sum for every program what it keeps at the last token over all prompts: [read, d_model] float64."""
+    found = []
+    for program in programs:
+        parts = [read_sums(model, inputs, program, (-1,), WHOLE)[0] for inputs in batches]
+        found.append(torch.stack(parts).sum(0))
+    return found
+
+
 def readings(
     model: Any, programs: Sequence[Program], batches: Sequence[Inputs], token_ids: Tensor, keep_logits: bool
 ) -> list[Tensor]:
