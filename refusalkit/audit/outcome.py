@@ -84,7 +84,7 @@ def document(outcome: Outcome) -> dict[str, Any]:
             }
             for each in found.layers
         ],
-        "over_refusal": {**_number(found.over_refusal.result), "refused": list(found.over_refusal.refused)},
+        "over_refusal": {**_number(found.over_refusal), "refused": list(found.over_refused)},
     }
 
 
