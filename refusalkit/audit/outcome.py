@@ -31,7 +31,9 @@ class Outcome:
     def verdict(self) -> str:
         """The outcome in a few words."""
         n = sum(check.passed is not None for check in self.checks)
-        return f"fails {len(self.failed)} of {n} thresholds" if self.failed else f"keeps all {n} thresholds"
+        if not self.failed:
+            return "keeps the threshold" if n == 1 else f"keeps all {n} thresholds"
+        return f"fails {len(self.failed)} of {n} threshold{'' if n == 1 else 's'}"
 
 
 def table(outcome: Outcome) -> str:
