@@ -93,7 +93,7 @@ def _outcome(task: Task, end: Ended | None) -> str:
     if end is None:
         return ""
     if end.error is not None:
-        return f"{end.error.where}: {end.error.message}" if end.error.where else end.error.message.partition("\n")[0]
+        return ": ".join(filter(None, [end.error.where, end.error.message.partition("\n")[0]]))
     choice = Store(task.out).load(Choice)
     return f"layer {choice.layer}, position {choice.position}" if choice else f"until {task.until}"
 
