@@ -17,6 +17,7 @@ import typer
 
 from refusalkit import safety_commands
 from refusalkit.errors import InputError, Interrupted, RefusalkitError
+from refusalkit.plugin_commands import plugin_app
 
 if TYPE_CHECKING:
     from refusalkit.batch import Batch
@@ -33,6 +34,9 @@ app = typer.Typer(
 )
 tiny_app = typer.Typer(help="The embedded models: small enough to try everything, no evidence about real ones.")
 app.add_typer(tiny_app, name="tiny")
+ndif_app = typer.Typer(help="Servers that run models for others: NDIF, or your own.", no_args_is_help=True)
+app.add_typer(ndif_app, name="ndif")
+app.add_typer(plugin_app, name="plugin")
 
 
 class Until(StrEnum):
@@ -216,14 +220,15 @@ def schema() -> None:
 
 @app.command()
 def plugins() -> None:
-    """List everything installed and who provides it; broken plugins are listed with their error."""
+    """List every plugin, its version, whether it works, and all it provides; of a broken one, its error.
+
+    Exit status 1 says that one is broken. The others work all the same.
+    """
+    from refusalkit.plugin.listing import plugin_list
     from refusalkit.registry import load_registry
 
     registry = load_registry()
-    for (kind, name), owner in registry.owners.items():
-        print(f"{kind.removeprefix('refusalkit_'):<15} {name:<22} {owner}")
-    for broken in registry.broken:
-        print(f"{'broken':<15} {broken.owner!s:<22} {broken.error}")
+    print(plugin_list(registry))
     if registry.broken:
         raise typer.Exit(1)
 
@@ -374,7 +379,36 @@ def bake(
     print(out)
 
 
+@ndif_app.callback()
+def ndif() -> None:
+    """Servers that run models for others: NDIF, or your own."""
+
+
+@ndif_app.command("status")
+def ndif_status(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="Say whether its model can run.")] = None,
+    host: Annotated[str | None, typer.Option(help="The server; by default NDIF_HOST or nnsight's own.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Show what an NDIF server hosts and how its versions differ; nothing is sent to be run.
+
+    Exit status 1 says that the server cannot be reached.
+    """
+    from refusalkit.engine.server import chosen_host
+
+    plan = None
+    if recipe is not None:
+        chosen = [] if host is None else [f"model.host={host}"]
+        plan = _plan(recipe, [*(settings or ()), "model.where=ndif", *chosen])
+    address = plan.host if plan is not None and plan.host is not None else chosen_host(host)
+    from refusalkit.engine.status import look
+    from refusalkit.server_status import status_text
+
+    print(status_text(look(address), plan))
+
+
 app.command()(safety_commands.monitor)
+app.command()(safety_commands.audit)
 
 
 @app.command()

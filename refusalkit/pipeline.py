@@ -27,6 +27,7 @@ from refusalkit.artifacts import (
     Unmodified,
 )
 from refusalkit.engine.engine import Engine
+from refusalkit.engine.remote import RemoteEngine, connect
 from refusalkit.errors import InputError
 from refusalkit.plan import Plan
 from refusalkit.progress import Progress, Silent
@@ -50,6 +51,7 @@ class Runner:
         self.sharing = sharing
         self.seconds: dict[str, float] = {}
         self.passes: dict[str, float] = {}
+        self.jobs: dict[str, dict[str, int]] = {}
         self.origins: dict[str, str | None] = {}
         self._bench: Bench | None = None
         self._passes_before = 0.0
@@ -57,13 +59,19 @@ class Runner:
     def bench(self) -> Bench:
         """Return the loaded model and its tools."""
         if self._bench is None:
-            engine = self.sharing.models.engine(self.plan.checkpoint)
+            engine = self._model()
             self._passes_before = engine.prompt_passes
             self._bench = Bench(engine, self.plan.template, self.progress)
         return self._bench
 
+    def _model(self) -> Engine | RemoteEngine:
+        checkpoint = self.plan.checkpoint
+        if checkpoint.section.where == "local":
+            return self.sharing.models.engine(checkpoint)
+        return connect(checkpoint, self.store.folder / "jobs", self.progress.state)
+
     @property
-    def engine(self) -> Engine | None:
+    def engine(self) -> Engine | RemoteEngine | None:
         """The engine, where a stage has needed one."""
         return self._bench.engine if self._bench is not None else None
 
@@ -87,6 +95,8 @@ class Runner:
         self.origins[stage] = origin
         self.seconds[stage] = round(time.monotonic() - since, 2) if made else 0.0
         self.passes[stage] = round(self._counted() - before, 1)
+        if isinstance(self.engine, RemoteEngine):
+            self.jobs[stage] = self.engine.jobs.close()
         _write_environment(self, self.store.folder)
         if made:
             self.progress.stage(stage, "done")
@@ -255,7 +265,7 @@ def _same_experiment(before: Any, now: dict[str, Any], out: Path) -> None:
 
 
 #: Keys of `model` that do not decide any result.
-_RESULTLESS = ("device", "batch_size")
+_RESULTLESS = ("device", "batch_size", "where", "host")
 
 
 def write_candidates(out: Path, candidates: Candidates, metadata: Mapping[str, str]) -> None:
@@ -330,9 +340,11 @@ def _write_environment(runner: Runner, out: Path) -> None:
         "shared": {stage: origin for stage, origin in origins.items() if origin is not None},
         "model": model,
     }
+    if jobs := {**before.get("jobs", {}), **runner.jobs}:
+        environment["jobs"] = jobs
     if engine is not None:
         environment["device"] = str(engine.device)
-        environment["dtype"] = str(engine.module.dtype).removeprefix("torch.")
+        environment["dtype"] = engine.dtype
         model["n_parameters"] = sum(parameter.numel() for parameter in engine.module.parameters())
     write_json(path, environment)
 

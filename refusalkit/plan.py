@@ -43,6 +43,8 @@ class Plan:
     prompts: Request
     keys: Mapping[str, str]
     """The content key of every stage, and of the unmodified model's completions (`baseline`)."""
+    host: str | None = None
+    """The NDIF server the model runs on; None for this machine."""
     keeps_samples: bool = False
     """Whether capture keeps every prompt's activations although this recipe's strategy asks for the means alone."""
 
@@ -88,6 +90,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples
 
     Raises `InputError` for a model, adapter, prompt source or option that cannot be used.
     """
+    _check_remote(recipe)
     pools, dropped = read_pools(recipe.prompts, folder, registry)
     checkpoint = open_checkpoint(recipe.model, registry)
     _check_quantized(recipe)
@@ -106,7 +109,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples
         duplicates_dropped=dropped,
     )
     keys = _keys(recipe, registry, checkpoint, template, request)
-    return Plan(recipe, registry, checkpoint, template, request, keys, keeps_samples)
+    return Plan(recipe, registry, checkpoint, template, request, keys, _host(recipe), keeps_samples)
 
 
 def chat_template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
@@ -137,6 +140,42 @@ def chat_template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
 
 def _words(template: ChatTemplate) -> set[str]:
     return set(re.findall(r"\b[A-Za-z_]\w*\b", str(template.source)))
+
+
+def _host(recipe: Recipe) -> str | None:
+    """Return the server that was chosen, where the model runs on one."""
+    if recipe.model.where == "local":
+        return None
+    from refusalkit.engine.server import chosen_host
+
+    return chosen_host(recipe.model.host)
+
+
+def _check_remote(recipe: Recipe) -> None:
+    """Refuse, before anything is sent, what a server that others use cannot do or must not be asked to."""
+    model = recipe.model
+    if model.where == "local":
+        if model.host is not None:
+            raise InputError(
+                "names a server, and the model runs on this machine",
+                where="model.host",
+                hint="add `where: ndif`, or leave it out",
+            )
+        return
+    local = "leave it out, or run with `model.where: local`"
+    if edits := [spec.label for spec in recipe.evaluate.interventions if spec.on_weights]:
+        raise InputError(
+            f"{edits[0]!r} edits weights, and others use the weights of a server's model",
+            where="evaluate.interventions",
+            hint=local,
+        )
+    for where, section in (("find", recipe.find), ("select", recipe.select)):
+        if section.needs_gradients:
+            raise InputError(
+                "needs gradients, which a server does not compute for code it does not trust", where=where, hint=local
+            )
+    if model.quantize != "none":
+        raise InputError("the server decides how weights are stored", where="model.quantize", hint=local)
 
 
 def _check_quantized(recipe: Recipe) -> None:

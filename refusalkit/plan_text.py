@@ -8,6 +8,8 @@ from typing import Any
 from refusalkit.batch import Batch
 from refusalkit.checkpoint import Checkpoint
 from refusalkit.plan import SPLITS, Plan
+from refusalkit.remote_cost import costs
+from refusalkit.report.wording import bytes_of
 from refusalkit.store import STAGES, Store
 from refusalkit.template import PINNED, ChatTemplate
 
@@ -29,7 +31,8 @@ def describe(plan: Plan, out: Path) -> str:
         ("model", f"{checkpoint.section.id} (revision {checkpoint.revision})"),
         ("", f"{checkpoint.architecture}, {checkpoint.n_layers} layers of {checkpoint.d_model}"),
         ("adapter", f"{checkpoint.adapter.name}, from {owner}"),
-        ("weights", f"{parameters / 1e6:.1f} M parameters, about {_human(size)} of memory, {recipe.model.where}"),
+        ("weights", f"{parameters / 1e6:.1f} M parameters, about {bytes_of(size)} of memory, {recipe.model.where}"),
+        *_server(plan),
         ("template", f"{before!r} … {after!r}"),
         *_template(plan.template),
         *[(side, _counts(plan, side)) for side in ("harmful", "harmless")],
@@ -77,6 +80,20 @@ def _template(template: ChatTemplate) -> list[tuple[str, str]]:
     if template.is_dated:
         rows.append(("date", f"{PINNED:%d %b %Y}, whenever it runs"))
     return rows
+
+
+def _server(plan: Plan) -> list[tuple[str, str]]:
+    """Say where the model runs, and at most how much is asked of whoever runs it there."""
+    if plan.host is None:
+        return []
+    stages = {stage: cost for stage, cost in costs(plan).items() if cost.jobs}
+    up, down = (sum(getattr(cost, way) for cost in stages.values()) for way in ("bytes_up", "bytes_down"))
+    counts = ", ".join(f"{stage} {cost.jobs}" for stage, cost in stages.items())
+    return [
+        ("server", plan.host),
+        ("jobs", f"about {sum(cost.jobs for cost in stages.values())}: {counts}"),
+        ("bytes", f"at most about {bytes_of(up)} up, {bytes_of(down)} down"),
+    ]
 
 
 def _options(section: Any) -> str:
@@ -127,11 +144,3 @@ def _weight(checkpoint: Checkpoint) -> tuple[int, int]:
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters, parameters * _BYTES[checkpoint.dtype]
-
-
-def _human(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

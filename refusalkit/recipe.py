@@ -60,8 +60,10 @@ class ModelSection(Section):
     and edited as ever; the weights can no longer be edited."""
     batch_size: Literal["auto"] | Count = "auto"
     """Prompts a forward pass; `auto` starts at 32 and halves when memory runs out. Results do not depend on it."""
-    where: Literal["local"] = "local"
-    """Where the model runs: `local`, this machine."""
+    where: Literal["local", "ndif"] = "local"
+    """Where the model runs: `local`, this machine; `ndif`, a server that hosts it (docs/how-to/run-on-ndif.md)."""
+    host: str | None = None
+    """The address of the NDIF server; null takes `NDIF_HOST` or the one in nnsight's configuration."""
     trust_remote_code: bool = False
     """Whether code inside the checkpoint may run. Only for checkpoints whose code you have read."""
 
@@ -120,7 +122,8 @@ class EvaluateSection(Section):
     """What to do with the direction and what to measure."""
 
     interventions: tuple[InterventionSpec, ...]
-    """What to compare; the unmodified model is always measured too."""
+    """What to compare; the unmodified model is always measured too. Only `orthogonalize` edits
+    weights: name it where they are yours to edit."""
     metrics: tuple[Metric, ...]
     """What to measure."""
     max_new_tokens: Count = 64
@@ -187,7 +190,7 @@ def recipe_type(registry: Registry) -> type[Recipe]:
         __base__=EvaluateSection,
         interventions=(
             tuple[intervention, ...],  # type: ignore[valid-type]
-            Field(("none", "ablate", "steer", "orthogonalize"), validate_default=True),
+            Field(("none", "ablate", "steer"), validate_default=True),
         ),
         metrics=(
             tuple[metric, ...],  # type: ignore[valid-type]

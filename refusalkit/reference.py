@@ -24,18 +24,18 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from refusalkit import hookspecs
+from refusalkit import hookspecs, testing
 from refusalkit.adapter import Adapter, Family, Gain, Matrix, Refusal, Write
 from refusalkit.cli import app
 from refusalkit.interchange.content import Trait
 from refusalkit.interchange.formats import FORMATS
-from refusalkit.intervention import ActivationSpec, Edit, InterventionSpec
-from refusalkit.metric import Metric
+from refusalkit.intervention import ActivationSpec, Direction, Edit, Gate, Intervention, InterventionSpec
+from refusalkit.metric import Evidence, Metric, Values
 from refusalkit.prompt_source import PromptSource
 from refusalkit.recipe import PromptFiles, recipe_type
 from refusalkit.registry import Registry, load_registry
-from refusalkit.selector import Selector
-from refusalkit.strategy import Strategy
+from refusalkit.selector import Attribution, Measure, Score, SelectInputs, Selection, Selector, Subject
+from refusalkit.strategy import Captured, Strategy
 
 WIDTH = 80
 NOTICE = "<!-- Written by `python -m refusalkit.reference` from the help in the code. -->"
@@ -242,25 +242,34 @@ def _parts(annotation: Any) -> list[type]:
 
 # -- the hooks --------------------------------------------------------------------------------------------------
 
-_BASES: dict[str, tuple[str, tuple[type, ...]]] = {
-    "adapters": ("refusalkit_adapters", (Adapter, Write, Matrix, Gain, Refusal, Family)),
-    "strategies": ("refusalkit_strategies", (Strategy,)),
-    "selectors": ("refusalkit_selectors", (Selector,)),
-    "interventions": ("refusalkit_interventions", (InterventionSpec, ActivationSpec, Edit)),
-    "metrics": ("refusalkit_metrics", (Metric,)),
-    "prompt_sources": ("refusalkit_prompt_sources", (PromptSource,)),
+#: What each hook returns first, then what it is made of, given and asked for; and its laws.
+_BASES: dict[str, tuple[tuple[type, ...], Callable[..., Any]]] = {
+    "adapters": ((Adapter, Write, Matrix, Gain, Refusal, Family), testing.check_adapter),
+    "strategies": ((Strategy, Captured), testing.check_strategy),
+    "selectors": (
+        (Selector, SelectInputs, Subject, Measure, Attribution, Selection, Score),
+        testing.check_selector,
+    ),
+    "interventions": (
+        (InterventionSpec, ActivationSpec, Direction, Intervention, Edit, Gate),
+        testing.check_intervention,
+    ),
+    "metrics": ((Metric, Evidence, Values), testing.check_metric),
+    "prompt_sources": ((PromptSource,), testing.check_prompt_source),
 }
 
 
 def hooks_page(registry: Registry) -> str:
     """List every hook, what it returns, and what is built in."""
     lines = ["# Hooks", "", NOTICE, "", *_paragraphs(hookspecs)]
-    for kind, (hook, bases) in _BASES.items():
+    for kind, (bases, laws) in _BASES.items():
+        hook = f"refusalkit_{kind}"
         function = getattr(hookspecs, hook)
         signature = f"def {hook}() -> {inspect.signature(function).return_annotation}: ..."
         lines += ["", f"## `{hook}`", "", "```text", signature, "```", "", *_paragraphs(function)]
         for base in bases:
             lines += ["", f"### `{base.__name__}`", "", *_paragraphs(base), "", *_members(base)]
+        lines += ["", "### Laws", "", *_wrapped(f"`refusalkit.testing.{laws.__name__}`: {_doc(laws)}")]
         lines += ["", "### Built in", ""]
         for name, value in getattr(registry, kind).items():
             lines += _item(f"`{name}`, from {registry.owner(hook, name).name}", _about(value))
@@ -282,7 +291,8 @@ def _members(base: type) -> list[str]:
         if not name.startswith("_") and name != "model_config"
         for line in _item(f"`{name}: {annotation}`", helps.get(name, ""))
     ]
-    for name in sorted(getattr(base, "__abstractmethods__", ())):
+    asked = [name for name, value in vars(base).items() if inspect.isfunction(value) and not name.startswith("_")]
+    for name in sorted(getattr(base, "__abstractmethods__", ())) or (asked if base is Subject else ()):
         method = getattr(base, name)
         about = " ".join((inspect.getdoc(method) or "").split())
         lines += _item(f"`{name}{inspect.signature(method)}`".replace("'", ""), about)

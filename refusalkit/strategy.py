@@ -34,6 +34,13 @@ class Strategy(BaseModel, ABC):
     strategy: str
     needs: ClassVar[Literal["means", "samples"]] = "means"
     """What capture has to keep: the means alone, or every prompt's activations as well."""
+    control: ClassVar[bool] = False
+    """Whether it is there to compare with, and must not find what tells the two sides apart."""
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether finding runs backward passes, which a shared server does not allow."""
+        return False
 
     @abstractmethod
     def find(self, harmful: Captured, harmless: Captured) -> Tensor:

@@ -70,6 +70,10 @@ class Sent:
             self._sent = now
             self._connection.send(("advance", what, done, total))
 
+    def state(self, said: str) -> None:
+        """Send every state."""
+        self._connection.send(("state", said))
+
 
 def serve(connection: Connection, log: Path, threads: int | None) -> None:
     """Execute every task that comes through `connection`, until there are no more; talk goes to the file `log`."""

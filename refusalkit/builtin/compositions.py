@@ -108,7 +108,7 @@ class Combine(InterventionSpec):
     """Apply several interventions on activations; where they meet, in the order in which they are listed."""
 
     intervention: Literal["combine"] = "combine"
-    parts: Annotated[tuple[InterventionSpec, ...], Field(min_length=2)]
+    parts: Annotated[tuple[InterventionSpec, ...], Field(min_length=2, examples=[["ablate", "steer"]])]
     """What to combine, first to last; at most one of them `conditional`."""
 
     @model_validator(mode="after")

@@ -181,6 +181,7 @@ class Shuffled(Strategy):
 
     strategy: Literal["shuffled"] = "shuffled"
     needs: ClassVar[Literal["means", "samples"]] = "samples"
+    control: ClassVar[bool] = True
     seed: int = 0
     """Seed of the shuffle."""
 

@@ -102,7 +102,10 @@ class Causal(Selector):
         for candidate, scores in _measured(
             self._unscored(table, everything, table.kl), inputs, subject, kl, "KL under ablation"
         ):
-            table.kl[candidate] = scores.mean().item() if not torch.isnan(scores).any() else float("inf")
+            score = scores.mean().item()
+            # Above the limit nothing depends on how far the sum was computed, which the batches decide.
+            given_up = torch.isnan(scores).any() or (limit is not None and score > limit)
+            table.kl[candidate] = float("inf") if given_up else score
         self._drop(table, "kl", everything)
         if all(candidate in table.fell for candidate in everything):
             self._finish_kl(table, inputs, subject)
@@ -249,7 +252,7 @@ class Fixed(Selector):
     selector: Literal["fixed"] = "fixed"
     position: Annotated[int, Field(lt=0)] = -1
     """The position, counted from the end of the prompt."""
-    layer: Annotated[int, Field(ge=0)]
+    layer: Annotated[int, Field(ge=0, examples=[2])]
     """The layer."""
 
     def select(self, inputs: SelectInputs, subject: Subject) -> Selection:

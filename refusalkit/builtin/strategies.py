@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from refusalkit.strategy import Captured, Strategy
 
@@ -23,6 +23,7 @@ class Random(Strategy):
     """Draw random directions as long as the difference in means: what a pipeline finds when there is nothing."""
 
     strategy: Literal["random"] = "random"
+    control: ClassVar[bool] = True
     seed: int = 0
     """Seed of the draw."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.engine import attribution, blocks, weights
-from refusalkit.engine.batch import Batch, Tokens, batch, chunks, halved, prefix_inputs, shared_prefix
+from refusalkit.engine.batch import Batch, Tokens, batch, check_lengths, chunks, halved, prefix_inputs, shared_prefix
 from refusalkit.engine.layout import layout_of
 from refusalkit.engine.lower import Pack, counted_from, lower, packs
 from refusalkit.engine.memory import out_of_memory
@@ -81,6 +81,11 @@ class Engine:
         """Where the inputs go."""
         return next(self.module.parameters()).device  # type: ignore[no-any-return]
 
+    @property
+    def dtype(self) -> str:
+        """The type of the weights."""
+        return str(self.module.dtype).removeprefix("torch.")
+
     def run(self, requests: Sequence[Request], advance: Advance | None = None) -> list[Any]:
         """Answer requests in their order (see `refusalkit.engine.request`)."""
         return [answer(self, request, advance) for request in requests]
@@ -103,7 +108,7 @@ class Engine:
         It is the float64 mean, and samples where asked. Under an intervention it is read as it is after the edits of
         each place. Raises `RunError` for a prompt shorter than the deepest position.
         """
-        _check_lengths(prompts, positions)
+        check_lengths(prompts, positions)
         reads: list[tuple[Site, int]] = [(site, layer) for layer in layers or range(self.n_layers)]
         depth = min(self.n_layers, reads[-1][1] + (site != "resid_pre")) if layers else self.n_layers
         total: Tensor | None = None
@@ -479,14 +484,3 @@ def _reduce(logits: Tensor, measure: Measure, rows: Sequence[int], times: int) -
         return algebra.refusal_score(logits, torch.tensor(measure.token_ids))
     assert measure.reference is not None
     return algebra.kl_nats(measure.reference[list(rows)].repeat(times, 1), logits)
-
-
-def _check_lengths(prompts: Sequence[Tokens], positions: Sequence[int]) -> None:
-    deepest = -min(positions)
-    shortest = min(len(prompt) for prompt in prompts)
-    if deepest > shortest:
-        raise RunError(
-            f"position -{deepest} lies before the start of a prompt of {shortest} tokens",
-            where="capture.positions",
-            hint="capture positions nearer to the end",
-        )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from refusalkit import algebra
 from refusalkit.engine.batch import Tokens
+from refusalkit.engine.work import of_openers
 from refusalkit.intervention import Intervention, Site
 from refusalkit.selector import Advance, Measure
 
@@ -157,11 +158,8 @@ def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
 
 def opened(groups: Sequence[Tensor], token_ids: tuple[int, ...], most: int) -> Opened:
     """Reduce the groups' last-position logits [prompt, d_vocab] to the probabilities of a few tokens."""
-    probabilities = [logits.double().softmax(-1) for logits in groups]
-    difference = probabilities[0].mean(0) - probabilities[1].mean(0)
-    found = difference.argsort(descending=True)[:most].tolist()
-    wanted = tuple(dict.fromkeys([*token_ids, *found]))
-    return Opened(wanted, tuple(rows[:, list(wanted)].cpu() for rows in probabilities))
+    wanted, *probabilities = of_openers(groups, token_ids, most)
+    return Opened(tuple(wanted.tolist()), tuple(probabilities))
 
 
 def reading(logits: Tensor, reference: Tensor, token_ids: tuple[int, ...], keep_logits: bool = False) -> Reading:

@@ -16,6 +16,7 @@ from torch import Tensor
 from refusalkit import algebra
 from refusalkit.artifacts import Artifact, Frozen
 from refusalkit.engine.engine import Engine
+from refusalkit.engine.remote import RemoteEngine
 from refusalkit.engine.request import Capture
 from refusalkit.intervals import Interval, auroc, wilson
 from refusalkit.intervention import Site
@@ -37,7 +38,7 @@ class Rule:
     scaled: bool
     """Whether activations are scaled to length one first, so that the products are cosines."""
 
-    def scores(self, prompts: Sequence[Tokens], engine: Engine) -> tuple[float, ...]:
+    def scores(self, prompts: Sequence[Tokens], engine: Engine | RemoteEngine) -> tuple[float, ...]:
         """Score tokenised prompts; the forward pass stops after the last of `layers`."""
         if not prompts:
             return ()

@@ -64,6 +64,15 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def bytes_of(size: float) -> str:
+    """Write a number of bytes: `18 B`, `1.25 MB`."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
 def token(text: str) -> str:
     """Make a token readable: whitespace as `␣`, `\\n` and `\\t`, and what does not print by its code point."""
     for spelled, character in _SPELLED.items():

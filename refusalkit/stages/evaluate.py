@@ -74,7 +74,7 @@ class Outcome:
 
     reading: Reading
     unmodified: Tensor | None
-    """The unmodified model's logits [prompt, d_vocab], where a metric needs logits."""
+    """The unmodified model's logits [prompt, d_vocab], where a metric or a weight edit needs logits."""
     completions: tuple[Tokens, ...] = ()
     losses: tuple[Tensor, Tensor] | None = None
 
@@ -125,13 +125,12 @@ def evaluate(
     cases = _cases(section, direction)
     written = unmodified.completions
     asked = [replace(each, completions=written.get(each.side, ())) for each in _asked(section, splits, bench)]
-    outcomes, separation = _on_activations(
-        [c for c in cases if c.intervention.weights is None], asked, direction, bench
-    )
+    outcomes, separation = _on_activations(cases, asked, direction, bench)
     edits = []
     for case in cases:
         if case.intervention.weights is not None:
-            made, edit = _on_weights(case, asked, direction, bench)
+            plain = {each.side: outcomes["none", each.side].unmodified for each in asked}
+            made, edit = _on_weights(case, asked, plain, direction, bench)
             outcomes.update(made)
             edits.append(edit)
         _check(case, *([outcomes[label, side] for side in SIDES] for label in (case.label, cases[0].label)))
@@ -196,11 +195,13 @@ def _on_activations(
     cases: Sequence[Case], asked: Sequence[Asked], direction: Direction, bench: Bench
 ) -> tuple[Outcomes, tuple[Separation, ...]]:
     """Ask everything about every case that leaves the weights alone, and how the prompts lie along the direction."""
+    edits_weights = any(case.intervention.weights is not None for case in cases)
+    cases = [case for case in cases if case.intervention.weights is None]
     interventions = [case.intervention for case in cases]
     requests: dict[tuple[str, Side, str], Request] = {}
     for each in asked:
         requests["", each.side, "readings"] = Readings(
-            each.tokens, interventions, each.opener_ids, keep_logits="logits" in each.needs
+            each.tokens, interventions, each.opener_ids, keep_logits=edits_weights or "logits" in each.needs
         )
         requests["", each.side, "cosines"] = Cosines(each.tokens, direction.main, direction.position, direction.site)
         for case in cases:
@@ -227,12 +228,13 @@ def _writing(case: Case, asked: Asked) -> dict[str, Request]:
     return requests
 
 
-def _on_weights(case: Case, asked: Sequence[Asked], direction: Direction, bench: Bench) -> tuple[Outcomes, WeightEdit]:
+def _on_weights(
+    case: Case, asked: Sequence[Asked], unmodified: Mapping[Side, Tensor | None], direction: Direction, bench: Bench
+) -> tuple[Outcomes, WeightEdit]:
     """Run a case with its weights edited, and compare it with the same ablation of the activations."""
     engine, ablation, basis = bench.engine, ablate_everywhere(direction), case.intervention.weights
     assert basis is not None
     keeps_norms = case.intervention.keeps_norms
-    plain = {each.side: engine.logits(each.tokens) for each in asked}
     expected = {each.side: engine.logits(each.tokens, ablation) for each in asked}
     simpler: dict[Side, Tensor] = {}
     if keeps_norms:
@@ -242,13 +244,15 @@ def _on_weights(case: Case, asked: Sequence[Asked], direction: Direction, bench:
     logits: dict[Side, Tensor] = {}
     with engine.edited_weights(basis, keeps_norms) as edited:
         for each in asked:
+            plain = unmodified[each.side]
+            assert plain is not None
             logits[each.side] = engine.logits(each.tokens)
             writing = _writing(case, each)
             found = engine.run(list(writing.values()), bench.advance(f"{case.label} on {each.side} prompts"))
             answers = dict(zip(writing, found, strict=True))
             outcomes[case.label, each.side] = Outcome(
-                reading(logits[each.side], plain[each.side], each.opener_ids, keep_logits=True),
-                plain[each.side],
+                reading(logits[each.side], plain, each.opener_ids, keep_logits=True),
+                plain,
                 tuple(answers.get("completions", ())),
                 answers.get("losses"),
             )

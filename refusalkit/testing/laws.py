@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +18,11 @@ from refusalkit.builtin.interventions import ablate_everywhere
 from refusalkit.engine.engine import Engine
 from refusalkit.engine.layout import resolve
 from refusalkit.engine.load import engine_of
+from refusalkit.errors import InputError
 from refusalkit.intervention import SITES, Direction, Edit, Intervention, InterventionSpec
 from refusalkit.metric import Evidence, Metric
+from refusalkit.prompt_source import PromptSource
+from refusalkit.prompt_split import SPLITS
 from refusalkit.selector import SelectInputs, Selector
 from refusalkit.strategy import Captured, Strategy
 from refusalkit.testing.models import random_prompts, tiny_tokenizer
@@ -145,8 +150,8 @@ def planted(seed: int = 0, n_prompts: int = 40) -> tuple[Captured, Captured, Ten
     return side(4.0), side(-4.0), direction
 
 
-def check_strategy(strategy: Strategy, *, finds: bool = True) -> tuple[Law, ...]:
-    """Check a strategy on activations with a planted direction; `finds=False` for a control that must not find it."""
+def check_strategy(strategy: Strategy) -> tuple[Law, ...]:
+    """Check a strategy on activations with a planted direction, which a control must not find."""
     harmful, harmless, direction = planted()
     before = (harmful.mean.clone(), harmless.mean.clone())
     found = strategy.find(harmful, harmless)
@@ -156,13 +161,14 @@ def check_strategy(strategy: Strategy, *, finds: bool = True) -> tuple[Law, ...]
     cosine = min((basis @ direction).norm().item() for basis in bases)
     mutated = max((harmful.mean - before[0]).abs().max().item(), (harmless.mean - before[1]).abs().max().item())
     expected = (*harmful.mean.shape[:2], harmful.mean.shape[-1])
-    recovers = Law("recovers a planted direction (cosine)", cosine, 0.95, at_least=True)
     return (
         Law("shape is [position, layer, (rank,) d_model]", float((*found.shape[:2], found.shape[-1]) != expected), 0.0),
         Law("every number is finite", float((~found.isfinite()).sum()), 0.0),
         Law("the inputs are not changed", mutated, 0.0),
         Law("the same inputs give the same result", (found - again).abs().max().item(), 0.0),
-        recovers if finds else Law("a control does not find the direction (cosine)", cosine, 0.6),
+        Law("a control does not find the direction (cosine)", cosine, 0.6)
+        if strategy.control
+        else Law("recovers a planted direction (cosine)", cosine, 0.95, at_least=True),
     )
 
 
@@ -288,3 +294,24 @@ def check_metric(metric: Metric) -> tuple[Law, ...]:
         if first.weights is not None:
             broken += len(first.weights) != 4 or min(first.weights) < 0
     return (Law("one value a prompt, rates of 0 or 1, the same twice (faults)", broken, 0.0),)
+
+
+def check_prompt_source(source: PromptSource) -> tuple[Law, ...]:
+    """Check that a source can be named in a recipe, and that an address that leads nowhere is bad input.
+
+    A source that knows no wrong address has to give prompts by split.
+    """
+    faults = 0
+    try:
+        pools = source.read("no such address", Path("no such folder"))
+    except InputError:
+        pass
+    else:
+        prompts = [prompt for found in pools.values() for prompt in found]
+        faults += len(pools.keys() - {"all", *SPLITS}) + (not prompts)
+        faults += sum(not isinstance(prompt, str) or not prompt.strip() for prompt in prompts)
+    return (
+        Law("its scheme can stand before a colon", float(not re.fullmatch(r"[a-z][a-z0-9+._-]*", source.scheme)), 0.0),
+        Law("its help is one line", float(len(source.help.splitlines()) != 1), 0.0),
+        Law("an address that leads nowhere is bad input, or gives prompts (faults)", float(faults), 0.0),
+    )
