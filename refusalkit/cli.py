@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from refusalkit.errors import InputError, RefusalkitError
+from refusalkit import safety_commands
+from refusalkit.errors import InputError, Interrupted, RefusalkitError
+from refusalkit.plugin_commands import plugin_app
 
 if TYPE_CHECKING:
     from refusalkit.batch import Batch
@@ -32,6 +34,9 @@ app = typer.Typer(
 )
 tiny_app = typer.Typer(help="The embedded models: small enough to try everything, no evidence about real ones.")
 app.add_typer(tiny_app, name="tiny")
+ndif_app = typer.Typer(help="Servers that run models for others: NDIF, or your own.", no_args_is_help=True)
+app.add_typer(ndif_app, name="ndif")
+app.add_typer(plugin_app, name="plugin")
 
 
 class Until(StrEnum):
@@ -45,15 +50,18 @@ class Until(StrEnum):
     report = "report"
 
 
+class Done(StrEnum):
+    """Name what a file may do with a direction."""
+
+    ablate = "ablate"
+    steer = "steer"
+
+
 RecipePaths = Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes in YAML.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set model.dtype=float32")
 ]
-
-
-class Interrupted(BaseException):
-    """Stop on Ctrl-C; nothing in between may take it for an ordinary error."""
 
 
 def main() -> None:
@@ -67,13 +75,13 @@ def main() -> None:
     except RefusalkitError as error:
         _say(error)
         sys.exit(error.exit_status)
-    except Interrupted:
-        print("\ninterrupted; finished stages are kept, and the same command goes on from there", file=sys.stderr)
+    except Interrupted as stop:
+        print(f"\ninterrupted; {stop}", file=sys.stderr)
         sys.exit(130)
 
 
 def _interrupt(*_: object) -> None:
-    raise Interrupted
+    raise Interrupted("finished stages are kept, and the same command goes on from there")
 
 
 def _say(error: RefusalkitError) -> None:
@@ -162,7 +170,7 @@ def _execute(plan: Plan, folder: Path, until: Until = Until.report) -> None:
         from refusalkit.run_directory import read_run
 
         finished = read_run(folder)
-        print(sentence(finished.choice, finished.evaluation), file=sys.stderr)
+        print(sentence(finished.choice, finished.evaluation, repairs=finished.candidates.repairs), file=sys.stderr)
 
 
 @app.command()
@@ -212,14 +220,15 @@ def schema() -> None:
 
 @app.command()
 def plugins() -> None:
-    """List everything installed and who provides it; broken plugins are listed with their error."""
+    """List every plugin, its version, whether it works, and all it provides; of a broken one, its error.
+
+    Exit status 1 says that one is broken. The others work all the same.
+    """
+    from refusalkit.plugin.listing import plugin_list
     from refusalkit.registry import load_registry
 
     registry = load_registry()
-    for (kind, name), owner in registry.owners.items():
-        print(f"{kind.removeprefix('refusalkit_'):<15} {name:<22} {owner}")
-    for broken in registry.broken:
-        print(f"{'broken':<15} {broken.owner!s:<22} {broken.error}")
+    print(plugin_list(registry))
     if registry.broken:
         raise typer.Exit(1)
 
@@ -368,6 +377,73 @@ def bake(
     edited = write_checkpoint(checkpoint, choice, out)
     print(f"{len(edited.names)} parameters changed", file=sys.stderr)
     print(out)
+
+
+@ndif_app.callback()
+def ndif() -> None:
+    """Servers that run models for others: NDIF, or your own."""
+
+
+@ndif_app.command("status")
+def ndif_status(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="Say whether its model can run.")] = None,
+    host: Annotated[str | None, typer.Option(help="The server; by default NDIF_HOST or nnsight's own.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Show what an NDIF server hosts and how its versions differ; nothing is sent to be run.
+
+    Exit status 1 says that the server cannot be reached.
+    """
+    from refusalkit.engine.server import chosen_host
+
+    plan = None
+    if recipe is not None:
+        chosen = [] if host is None else [f"model.host={host}"]
+        plan = _plan(recipe, [*(settings or ()), "model.where=ndif", *chosen])
+    address = plan.host if plan is not None and plan.host is not None else chosen_host(host)
+    from refusalkit.engine.status import look
+    from refusalkit.server_status import status_text
+
+    print(status_text(look(address), plan))
+
+
+app.command()(safety_commands.monitor)
+app.command()(safety_commands.audit)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A finished run's folder, or a file or folder.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The new file, or the new folder.")],
+    to: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="The format, where TARGET's name leaves it open.")
+    ] = None,
+    operation: Annotated[
+        Done | None, typer.Option("--as", help="What is done with the direction, where files leave it open.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="The layer, where SOURCE has several or none.")] = None,
+    position: Annotated[
+        int | None, typer.Option(max=-1, help="The position, where SOURCE has several or none.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A hub name, a folder or tiny:FAMILY, where SOURCE names none.")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(metavar="NUMBER", help="Multiples of the direction to add.")] = None,
+) -> None:
+    """Write a direction in the format of another tool, or read one, and say what the format does not hold.
+
+    Formats are told by name and content: run folders and safetensors of refusalkit, the paper's authors' runs, GGUF
+    control vectors, GLP, PEFT LoRA, lm-eval's `steered` and `.svec`.
+    """
+    from refusalkit.checkpoint import quiet
+    from refusalkit.interchange.content import Wanted
+    from refusalkit.interchange.convert import convert as write_as
+    from refusalkit.registry import load_registry
+
+    quiet()
+    wanted = Wanted(layer, position, model, None if operation is None else operation.value, scale)
+    print(write_as(source, target, to, wanted, load_registry()), file=sys.stderr)
+    print(target)
 
 
 @tiny_app.command("train")

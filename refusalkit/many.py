@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -224,7 +224,12 @@ class Pool:
         assert worker.progress is not None
         if kind == "stage":
             worker.stage = details[0]
-        (worker.progress.stage if kind == "stage" else worker.progress.advance)(*details)
+        told: dict[str, Callable[..., None]] = {
+            "stage": worker.progress.stage,
+            "advance": worker.progress.advance,
+            "state": worker.progress.state,
+        }
+        told[kind](*details)
         return None
 
     def _say(self, worker: Worker, task: Task, end: Ended) -> None:

@@ -8,15 +8,26 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 import refusalkit
-from refusalkit.artifacts import Activations, Artifact, Candidates, Choice, Evaluation, PromptSplits, Unmodified
+from refusalkit.artifacts import (
+    Activations,
+    Artifact,
+    Candidates,
+    Choice,
+    Evaluation,
+    PromptSplits,
+    Result,
+    Unmodified,
+)
 from refusalkit.engine.engine import Engine
+from refusalkit.engine.remote import RemoteEngine, connect
 from refusalkit.errors import InputError
 from refusalkit.plan import Plan
 from refusalkit.progress import Progress, Silent
@@ -40,6 +51,7 @@ class Runner:
         self.sharing = sharing
         self.seconds: dict[str, float] = {}
         self.passes: dict[str, float] = {}
+        self.jobs: dict[str, dict[str, int]] = {}
         self.origins: dict[str, str | None] = {}
         self._bench: Bench | None = None
         self._passes_before = 0.0
@@ -47,13 +59,19 @@ class Runner:
     def bench(self) -> Bench:
         """Return the loaded model and its tools."""
         if self._bench is None:
-            engine = self.sharing.models.engine(self.plan.checkpoint)
+            engine = self._model()
             self._passes_before = engine.prompt_passes
             self._bench = Bench(engine, self.plan.template, self.progress)
         return self._bench
 
+    def _model(self) -> Engine | RemoteEngine:
+        checkpoint = self.plan.checkpoint
+        if checkpoint.section.where == "local":
+            return self.sharing.models.engine(checkpoint)
+        return connect(checkpoint, self.store.folder / "jobs", self.progress.state)
+
     @property
-    def engine(self) -> Engine | None:
+    def engine(self) -> Engine | RemoteEngine | None:
         """The engine, where a stage has needed one."""
         return self._bench.engine if self._bench is not None else None
 
@@ -77,6 +95,8 @@ class Runner:
         self.origins[stage] = origin
         self.seconds[stage] = round(time.monotonic() - since, 2) if made else 0.0
         self.passes[stage] = round(self._counted() - before, 1)
+        if isinstance(self.engine, RemoteEngine):
+            self.jobs[stage] = self.engine.jobs.close()
         _write_environment(self, self.store.folder)
         if made:
             self.progress.stage(stage, "done")
@@ -137,19 +157,24 @@ def _run(runner: Runner, until: str) -> None:
     splits = runner.stage(PromptSplits, lambda: prompts.settle(plan.prompts, runner.bench()))
     if "capture" not in wanted:
         return
-    activations = runner.stage(Activations, lambda: capture.capture(recipe.capture, splits, plan.needs, runner.bench()))
+    activations = runner.stage(
+        Activations, lambda: capture.capture(recipe.capture, splits, plan.needs, runner.bench(), plan.sides)
+    )
     if "find" not in wanted:
         return
-    candidates = runner.stage(Candidates, lambda: find.find(recipe.find, activations))
-    write_candidates(out, candidates, plan)
+    candidates = runner.stage(Candidates, lambda: find.find(plan.find, activations))
+    write_candidates(out, candidates, plan.metadata("find"))
     if "select" not in wanted:
         return
-    choice = runner.stage(Choice, lambda: select.select(recipe.select, candidates, splits, runner.bench()))
-    write_choice(out, choice, plan)
+    choice = runner.stage(
+        Choice, lambda: select.select(recipe.select, (plan.find, activations, candidates), splits, runner.bench())
+    )
+    write_choice(out, choice, plan.metadata("select"))
     if "evaluate" not in wanted:
         return
     evaluation = runner.stage(Evaluation, lambda: _evaluate(runner, (activations, choice), splits))
-    write_json(out / "summary.json", summary(plan, choice, evaluation))
+    model = {"id": plan.checkpoint.section.id, "adapter": plan.checkpoint.adapter.name}
+    write_json(out / "summary.json", summary(recipe.name, model, choice, evaluation.results))
     if until == "report":
         write_report(out, show_completions=False)
 
@@ -244,43 +269,44 @@ def _same_experiment(before: Any, now: dict[str, Any], out: Path) -> None:
 
 
 #: Keys of `model` that do not decide any result.
-_RESULTLESS = ("device", "batch_size")
+_RESULTLESS = ("device", "batch_size", "where", "host")
 
 
-def write_candidates(out: Path, candidates: Candidates, plan: Plan) -> None:
+def write_candidates(out: Path, candidates: Candidates, metadata: Mapping[str, str]) -> None:
     """Write `candidates.safetensors`: the tensor `directions`, as found."""
-    write_tensors(out / "candidates.safetensors", {"directions": candidates.directions}, plan.metadata("find"))
+    write_tensors(out / "candidates.safetensors", {"directions": candidates.directions}, metadata)
 
 
-def write_choice(out: Path, choice: Choice, plan: Plan) -> None:
+def write_choice(out: Path, choice: Choice, metadata: Mapping[str, str]) -> None:
     """Write `direction.safetensors` and `scores.json`."""
-    metadata = {**plan.metadata("select"), "position": str(choice.position), "layer": str(choice.layer)}
-    write_tensors(out / "direction.safetensors", {"direction": choice.direction}, metadata)
+    place = {"position": str(choice.position), "layer": str(choice.layer)}
+    write_tensors(out / "direction.safetensors", {"direction": choice.direction}, {**metadata, **place})
     rows = [row.model_dump(mode="json", exclude={"extra"}) | row.extra for row in choice.scores]
     write_json(out / "scores.json", rows)
 
 
-def summary(plan: Plan, choice: Choice, evaluation: Evaluation) -> dict[str, Any]:
+def summary(recipe: str, model: Mapping[str, str | None], choice: Choice, results: Sequence[Result]) -> dict[str, Any]:
     """Return the content of `summary.json`, version 1; other tools rely on it."""
-    chosen = choice.chosen
+    chosen, baseline = choice.chosen, choice.baseline_refusal_score
     return {
         "version": 1,
-        "recipe": plan.recipe.name,
-        "model": {"id": plan.checkpoint.section.id, "adapter": plan.checkpoint.adapter.name},
+        "recipe": recipe,
+        "model": dict(model),
         "choice": {
             "position": choice.position,
             "layer": choice.layer,
             "refusal_score": chosen.refusal_score,
             "induced_score": chosen.induced_score,
             "kl_nats": chosen.kl_nats,
-            "baseline_refusal_score": choice.baseline_refusal_score,
+            "baseline_refusal_score": None if baseline is None or isnan(baseline) else baseline,
+            "cosine_with_difference_in_means": None if choice.cosine is None or isnan(choice.cosine) else choice.cosine,
             "n_candidates": len(choice.scores),
             "n_survivors": choice.n_survivors,
         },
         "evaluation": [
             # Through JSON text, which writes a number that is none (no prompt had a value) as null.
             json.loads(result.model_dump_json(include=_SUMMARISED))
-            for result in evaluation.results
+            for result in results
         ],
     }
 
@@ -319,9 +345,11 @@ def _write_environment(runner: Runner, out: Path) -> None:
         "shared": {stage: origin for stage, origin in origins.items() if origin is not None},
         "model": model,
     }
+    if jobs := {**before.get("jobs", {}), **runner.jobs}:
+        environment["jobs"] = jobs
     if engine is not None:
         environment["device"] = str(engine.device)
-        environment["dtype"] = str(engine.module.dtype).removeprefix("torch.")
+        environment["dtype"] = engine.dtype
         model["n_parameters"] = sum(parameter.numel() for parameter in engine.module.parameters())
     write_json(path, environment)
 

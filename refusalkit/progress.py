@@ -19,6 +19,9 @@ class Progress(Protocol):
     def advance(self, what: str, done: int, total: int) -> None:
         """Say how far a part of the stage is."""
 
+    def state(self, said: str) -> None:
+        """Say what is waited for: where a job is in a server's queue, or that the server is away."""
+
 
 class Silent:
     """Show nothing, for use from Python."""
@@ -27,6 +30,9 @@ class Silent:
         """Show nothing."""
 
     def advance(self, what: str, done: int, total: int) -> None:
+        """Show nothing."""
+
+    def state(self, said: str) -> None:
         """Show nothing."""
 
 
@@ -62,6 +68,10 @@ class Lines:
     def _say(self, text: str) -> None:
         print(self._run + text, file=sys.stderr, flush=True)
 
+    def state(self, said: str) -> None:
+        """Write every state: there are few, and each may last for hours."""
+        self._say(f"{self._stage}: {said}")
+
 
 class Bars:
     """Draw one bar for each part of a stage, with its rate and the time left."""
@@ -95,6 +105,12 @@ class Bars:
                 self._display.remove_task(waiting)
             self._tasks[key] = self._display.add_task(f"{self._run}{self._stage}: {what}", total=total)
         self._display.update(self._tasks[key], completed=done, total=total)
+
+    def state(self, said: str) -> None:
+        """Show the state behind the name of the bar that moved last, or of the stage."""
+        mine = [task for (stage, _), task in self._tasks.items() if stage == self._stage]
+        if mine:
+            self._display.update(mine[-1], description=f"{self._stage}: {said}")
 
 
 class Board:

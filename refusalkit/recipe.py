@@ -8,9 +8,9 @@ JSON schema and every error message) from the registry. Nothing here imports tor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import or_
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -22,13 +22,16 @@ from pydantic import (
     create_model,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 
+from refusalkit.arithmetic import OPERATIONS, Find
 from refusalkit.intervention import InterventionSpec, Site
 from refusalkit.metric import Metric
 from refusalkit.registry import Registry
 from refusalkit.selector import Selector
 from refusalkit.strategy import Strategy
 
+M = TypeVar("M", bound=BaseModel)
 Position = Literal["post_instruction", "instruction_end"] | Annotated[int, Field(lt=0)]
 #: Numbers are numbers here: YAML's `yes` is not 1.
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -59,8 +62,10 @@ class ModelSection(Section):
     and edited as ever; the weights can no longer be edited."""
     batch_size: Literal["auto"] | Count = "auto"
     """Prompts a forward pass; `auto` starts at 32 and halves when memory runs out. Results do not depend on it."""
-    where: Literal["local"] = "local"
-    """Where the model runs: `local`, this machine."""
+    where: Literal["local", "ndif"] = "local"
+    """Where the model runs: `local`, this machine; `ndif`, a server that hosts it (docs/how-to/run-on-ndif.md)."""
+    host: str | None = None
+    """The address of the NDIF server; null takes `NDIF_HOST` or the one in nnsight's configuration."""
     trust_remote_code: bool = False
     """Whether code inside the checkpoint may run. Only for checkpoints whose code you have read."""
 
@@ -83,6 +88,9 @@ class PromptsSection(Section):
     """Requests the model should refuse: one source that is split by the seed, or one source a split."""
     harmless: str | PromptFiles
     """Requests the model should answer."""
+    over_refusal: str | PromptFiles | None = None
+    """Safe requests that look harmful: every intervention is measured on them too, and some methods find from them. A
+    source that has fewer than the numbers below is divided in their proportion."""
     train: Count = 128
     """Prompts a side for finding directions, before the filter; at most this many from a source that is split."""
     validation: Count = 32
@@ -93,7 +101,7 @@ class PromptsSection(Section):
     """Decides which prompts of a source land in which split."""
     filter: bool = True
     """Keep only harmful prompts the model refuses and harmless ones it answers, by refusal score, in train and
-    validation, as the paper's code does."""
+    validation, as the paper's code does; of `over_refusal`, those it refuses."""
     system: str | None = None
     """A system prompt; null leaves it to the chat template."""
     chat_template: str | None = None
@@ -110,16 +118,18 @@ class CaptureSection(Section):
 
     site: Site = "resid_pre"
     """The place in each block; the paper reads `resid_pre`, the block's input."""
-    positions: Position | Annotated[tuple[Position, ...], Field(min_length=1)] = "post_instruction"
+    positions: Literal["auto"] | Position | Annotated[tuple[Position, ...], Field(min_length=1)] = "auto"
     """`post_instruction` (every template token after the instruction), `instruction_end` (the instruction's last
-    token), negative numbers counted from the end of the prompt, or a list of these."""
+    token), negative numbers counted from the end of the prompt, or a list of these. `auto` is where the strategy is
+    read: `post_instruction` for all but `harmfulness`."""
 
 
 class EvaluateSection(Section):
     """What to do with the direction and what to measure."""
 
     interventions: tuple[InterventionSpec, ...]
-    """What to compare; the unmodified model is always measured too."""
+    """What to compare; the unmodified model is always measured too. Only `orthogonalize` edits
+    weights: name it where they are yours to edit."""
     metrics: tuple[Metric, ...]
     """What to measure."""
     max_new_tokens: Count = 64
@@ -155,8 +165,8 @@ class Recipe(Section):
     """Which prompts to use."""
     capture: CaptureSection = CaptureSection()
     """Where to read activations."""
-    find: Strategy
-    """How to find directions: `strategy` and its options."""
+    find: Find
+    """How to find directions: `strategy` and its options, and what to do with them `then`."""
     select: Selector
     """How to choose one of them: `selector` and its options."""
     evaluate: EvaluateSection
@@ -177,16 +187,16 @@ def recipe_type(registry: Registry) -> type[Recipe]:
     Every choice becomes a discriminated union over the registry, so that an unknown key is an error with its full
     path (`find.pca.compnent`) and editors complete the options of installed plugins.
     """
-    strategy = _choice(registry.strategies, "strategy", default="difference_in_means")
+    strategy = _choice(find_types(registry), "strategy", default="difference_in_means")
     selector = _choice(registry.selectors, "selector", default="causal")
-    intervention = _choice(registry.interventions, "intervention")
+    intervention = _choice(_with_parts(registry.interventions), "intervention")
     metric = _choice(registry.metrics, "metric")
     evaluate = create_model(
         "EvaluateSection",
         __base__=EvaluateSection,
         interventions=(
             tuple[intervention, ...],  # type: ignore[valid-type]
-            Field(("none", "ablate", "steer", "orthogonalize"), validate_default=True),
+            Field(("none", "ablate", "steer"), validate_default=True),
         ),
         metrics=(
             tuple[metric, ...],  # type: ignore[valid-type]
@@ -206,6 +216,21 @@ def recipe_type(registry: Registry) -> type[Recipe]:
     return made
 
 
+def find_types(registry: Registry) -> dict[str, type[Find]]:
+    """Let every strategy be followed by operations, which choose other strategies from what is installed."""
+    other = _choice(registry.strategies, "strategy")
+    operation = _choice({name: _holding(other, kind, Strategy) for name, kind in OPERATIONS.items()}, "operation")
+    then = (
+        tuple[operation, ...],  # type: ignore[valid-type]
+        Field((), description=Find.model_fields["then"].description),
+    )
+    made: dict[str, type[Find]] = {}
+    for name, kind in registry.strategies.items():
+        bases: Any = (kind, Find)
+        made[name] = create_model(kind.__name__, __base__=bases, __doc__=kind.__doc__, then=then)
+    return made
+
+
 def _inherit_descriptions(made: type[BaseModel]) -> None:
     for name, field in made.model_fields.items():
         inherited = made.__mro__[1].model_fields.get(name)  # type: ignore[attr-defined]
@@ -222,6 +247,38 @@ def _choice(providers: Mapping[str, type[BaseModel]], key: str, default: str | N
     return Annotated[tagged, BeforeValidator(_expand(key, default)), WithJsonSchema(mapping)]
 
 
+def _with_parts(providers: Mapping[str, type[InterventionSpec]]) -> Mapping[str, type[InterventionSpec]]:
+    """Let interventions that hold others choose them from what is installed, two levels deep."""
+    found: Mapping[str, type[InterventionSpec]] = {
+        name: kind for name, kind in providers.items() if not _holders(kind, InterventionSpec)
+    }
+    for _ in range(2):
+        part = _choice(found, "intervention")
+        found = {name: _holding(part, kind, InterventionSpec) for name, kind in providers.items()}
+    return found
+
+
+def _holding(part: Any, provider: type[M], base: type[BaseModel]) -> type[M]:
+    """Let the fields of a provider that hold some `base` choose it from `part`."""
+    holders = _holders(provider, base)
+    if not holders:
+        return provider
+    # A field that is one of them takes its discriminator from `part` alone; a list has its own bounds to keep.
+    fields: dict[str, Any] = {
+        key: (tuple[part, ...], field)
+        if get_origin(field.annotation) is tuple
+        else (part, Field(... if field.is_required() else field.default, description=field.description))
+        for key, field in holders.items()
+    }
+    return create_model(provider.__name__, __base__=provider, __doc__=provider.__doc__, **fields)
+
+
+def _holders(provider: type[BaseModel], base: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return the fields of a provider that hold some `base`."""
+    fields = provider.model_fields.items()
+    return {key: field for key, field in fields if base in (field.annotation, *get_args(field.annotation))}
+
+
 def _expand(key: str, default: str | None) -> Callable[[Any], Any]:
     """Turn a bare name into a mapping and fill in the default name, so that one spelling reaches validation."""
 
@@ -235,6 +292,7 @@ def _expand(key: str, default: str | None) -> Callable[[Any], Any]:
     return expand
 
 
+@lru_cache(maxsize=128)
 def _schema_of(provider: type[BaseModel]) -> dict[str, Any]:
     schema = provider.model_json_schema()
     schema.pop("$defs", None)
@@ -244,4 +302,28 @@ def _schema_of(provider: type[BaseModel]) -> dict[str, Any]:
 def json_schema(registry: Registry) -> dict[str, Any]:
     """Return the JSON schema of recipes, installed plugins included, for editors and other tools."""
     schema = recipe_type(registry).model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    definitions: dict[str, Any] = {}
+    # Pydantic's own first, so that none of their names is taken.
+    for name, section in schema.pop("$defs").items():
+        definitions[name] = _referring(section, definitions)
+    rest = _referring(schema, definitions)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$defs": definitions, **rest}
+
+
+def _referring(schema: Any, definitions: dict[str, Any]) -> Any:
+    """Move every choice inside a schema to `definitions`, where those that stand in several places stand once."""
+    if isinstance(schema, list):
+        return [_defined(item, definitions) for item in schema]
+    if isinstance(schema, dict):
+        return {key: _defined(value, definitions) for key, value in schema.items()}
+    return schema
+
+
+def _defined(schema: Any, definitions: dict[str, Any]) -> Any:
+    made = _referring(schema, definitions)
+    if not (isinstance(made, dict) and "title" in made and "properties" in made):
+        return made
+    name = made["title"]
+    while definitions.setdefault(name, made) != made:
+        name += "_"
+    return {"$ref": f"#/$defs/{name}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from refusalkit.arithmetic import OPERATIONS, Operation
 from refusalkit.errors import InputError, nearest
-from refusalkit.recipe import EvaluateSection, Recipe
+from refusalkit.intervention import InterventionSpec
+from refusalkit.recipe import EvaluateSection, Recipe, find_types
 from refusalkit.registry import Registry
+from refusalkit.strategy import Strategy
 
 KeyPath = tuple[str | int, ...]
 
@@ -114,7 +118,7 @@ def _at(data: Any, keys: KeyPath) -> Any:
     return data
 
 
-def explain(fault: Fault, made: type[Recipe], registry: Registry) -> tuple[KeyPath, InputError]:
+def explain(fault: Fault, made: type[BaseModel], registry: Registry) -> tuple[KeyPath, InputError]:
     """Put a fault into words; the caller knows which line it stands on."""
     item = fault.items[0]
     match item["type"]:
@@ -138,6 +142,8 @@ def explain(fault: Fault, made: type[Recipe], registry: Registry) -> tuple[KeyPa
 def _missing(fault: Fault) -> InputError:
     name = fault.keys[-1]
     section = fault.keys[-2] if len(fault.keys) > 1 else None
+    if isinstance(fault.parent, str) and isinstance(section, int):
+        return InputError(f"{name!r} is missing", hint=f"write {fault.parent} as keys and values, with `{name}:`")
     if isinstance(fault.parent, str):
         return InputError(f"{name!r} is missing", hint=f"give {fault.parent} its options: a mapping below `{section}:`")
     return InputError(f"{name!r} is missing", hint=f"add `{name}:`" + (f" below `{section}:`" if section else ""))
@@ -159,6 +165,9 @@ def _unfit(fault: Fault, place: Place) -> InputError:
         message = f"cannot be {described(value)}"
     elif kind in _EXPECTED:
         message = f"should be {_EXPECTED[kind]}, not {described(value)}"
+    elif kind in ("too_short", "too_long"):
+        most, length = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
+        message = f"should list {most} {item['ctx'][length]}, not {item['ctx']['actual_length']}"
     elif kind == "value_error":
         message = str(item["ctx"]["error"])
     else:
@@ -174,6 +183,9 @@ def _how(fault: Fault, place: Place) -> str:
     names = [name for text in literals for name in text.split("'")[1::2]]
     if isinstance(value, str) and (close := nearest(value, names)).startswith("did you mean"):
         return close
+    if kinds == {"value_error"} and isinstance(fault.keys[-1], int):
+        # Of one thing in a list, what it is for says more than what the list is for.
+        return " ".join((inspect.getdoc(place.model) or "").partition("\n\n")[0].split())
     if place.names:
         return f"one of: {', '.join(place.names)}"
     if kinds & {"model_type", "model_attributes_type"} and len(kinds) == 1:
@@ -186,14 +198,19 @@ def _how(fault: Fault, place: Place) -> str:
     return "docs/reference/recipe.md and `refusalkit schema` describe every key"
 
 
-def _place(made: type[Recipe], registry: Registry, keys: KeyPath) -> Place:
+def _place(made: type[BaseModel], registry: Registry, keys: KeyPath) -> Place:
     """Follow a location of pydantic's, union tags included, through the recipe's model."""
     named: dict[str, Mapping[str, type[BaseModel]]] = {
-        "find": registry.strategies,
+        "find": find_types(registry),
         "select": registry.selectors,
         "interventions": registry.interventions,
         "metrics": registry.metrics,
     }
+    parts: list[tuple[type[BaseModel], Mapping[str, type[BaseModel]]]] = [
+        (InterventionSpec, registry.interventions),
+        (Strategy, registry.strategies),
+        (Operation, OPERATIONS),
+    ]
     model: type[BaseModel] = made
     field: FieldInfo | None = None
     providers: Mapping[str, type[BaseModel]] = {}
@@ -202,9 +219,12 @@ def _place(made: type[Recipe], registry: Registry, keys: KeyPath) -> Place:
             model, providers = providers[key], {}
         elif key in model.model_fields:
             field = model.model_fields[key]
+            inner = _model_in(field.annotation)
             if key in named and issubclass(model, Recipe | EvaluateSection):
                 providers = named[key]
-            model = _model_in(field.annotation) or model
+            else:
+                providers = next((known for base, known in parts if inner is not None and issubclass(inner, base)), {})
+            model = inner or model
     return Place(model, field, list(providers))
 
 

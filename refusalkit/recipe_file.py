@@ -7,16 +7,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from refusalkit.errors import InputError, nearest
 from refusalkit.recipe import Recipe, recipe_type
 from refusalkit.recipe_faults import KeyPath, described, explain, faults, nan_at
 from refusalkit.registry import Registry
 from refusalkit.sweep import Point, points
+
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,19 @@ class Source:
             if line is not None:
                 return f"{self.path}:{line}: {shown}"
         return f"{self.path}: {shown}" if shown else str(self.path)
+
+
+class Words(NamedTuple):
+    """Say what a file is called in messages about it."""
+
+    what: str
+    start: str
+    """How to start one."""
+    example: str
+    """Where to find one."""
+
+
+RECIPE = Words("recipe", "start with `name:`, `model:` and `prompts:`", "`recipes/quickstart.yaml` is one")
 
 
 @dataclass(frozen=True)
@@ -128,33 +143,28 @@ def _at(source: Source, point: Point) -> Source:
     return made
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path, words: Words = RECIPE) -> Source:
     """Parse the YAML at `path`, safely, remembering where every key stands."""
     lines: dict[KeyPath, int] = {}
-    data = _parse(_text(path), path, lines)
+    data = _parse(_text(path, words), path, lines)
     if not isinstance(data, dict):
-        raise InputError(
-            f"holds {described(data)}, not keys and values",
-            where=str(path),
-            hint="start with `name:`, `model:` and `prompts:`",
-        )
+        raise InputError(f"holds {described(data)}, not keys and values", where=str(path), hint=words.start)
     return Source(path, data, lines)
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, words: Words) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         names = sorted(entry.name for entry in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        hint = nearest(path.name, names) if names else "a recipe is a YAML file; `recipes/quickstart.yaml` is one"
-        raise InputError("no such recipe", where=str(path), hint=hint) from None
+        hint = nearest(path.name, names) if names else f"a {words.what} is a YAML file; {words.example}"
+        raise InputError(f"no such {words.what}", where=str(path), hint=hint) from None
     except IsADirectoryError:
-        raise InputError("this is a folder, not a recipe", where=str(path), hint="name the YAML file in it") from None
+        message = f"this is a folder, not a {words.what}"
+        raise InputError(message, where=str(path), hint="name the YAML file in it") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(
-            f"byte {error.start} is not UTF-8", where=f"{path}:{line}", hint="save the recipe as UTF-8"
-        ) from None
+        raise InputError(f"byte {error.start} is not UTF-8", where=f"{path}:{line}", hint="save it as UTF-8") from None
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path), hint="name a YAML file") from None
     except ValueError as error:  # a name with a null character never reaches the file system
@@ -176,14 +186,14 @@ def _parse(text: str, path: Path, lines: dict[KeyPath, int]) -> Any:
         raise InputError(
             f"not YAML: {error.problem or error.context}",
             where=f"{path}:{line}",
-            hint="write text, numbers, lists and keys only; tags are not for recipes"
+            hint="write text, numbers, lists and keys only; tags mean nothing here"
             if plain
             else "check the indentation and that text with ': ' or '#' in it is quoted",
         ) from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise InputError(
-            f"not YAML: {error.reason}", where=f"{path}:{line}", hint="a recipe is plain text without control codes"
+            f"not YAML: {error.reason}", where=f"{path}:{line}", hint="write plain text without control codes"
         ) from None
     except (RecursionError, ValueError) as error:  # a date that is none, a number too long, lists without end
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -263,10 +273,14 @@ def _value(text: str, where: str) -> Any:
 
 def check(source: Source, registry: Registry) -> Recipe:
     """Check parsed YAML against the recipe model; raise the first error in the words of the user's file."""
+    return checked(source, recipe_type(registry), registry)
+
+
+def checked(source: Source, made: type[M], registry: Registry) -> M:
+    """Check parsed YAML against a model; raise the first error in the words of the user's file."""
     nan = nan_at(source.data)
     if nan is not None:
         raise InputError("not a number", where=source.where(nan), hint="write a number, or leave the key out")
-    made = recipe_type(registry)
     try:
         return made.model_validate(source.data)
     except ValidationError as error:

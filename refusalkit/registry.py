@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import os
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
 
@@ -94,11 +96,24 @@ def load_registry(plugins: Iterable[object] = (), *, entry_points: bool = True) 
             try:
                 loading.add(point.load(), owner)
             except (Exception, SystemExit) as error:  # noqa: BLE001
-                said = error.message if isinstance(error, InputError) else str(error)
-                broken.append(BrokenPlugin(owner, f"{type(error).__name__}: {said}"))
+                broken.append(BrokenPlugin(owner, _told(error)))
     for plugin in plugins:
-        loading.add(plugin, Owner(getattr(plugin, "__name__", repr(plugin)), "unpackaged"))
+        loading.add(plugin, unpackaged(plugin))
     return _freeze(loading.provided, tuple(broken))
+
+
+def _told(error: BaseException) -> str:
+    """Say what a plugin raised, and on which line of which file; or what is wrong with what it returned."""
+    if isinstance(error, InputError):
+        return error.message
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames[-1].filename != __file__ else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def unpackaged(plugin: object) -> Owner:
+    """Name the owner of what a plugin provides that is handed over and not installed."""
+    return Owner(getattr(plugin, "__name__", repr(plugin)), "unpackaged")
 
 
 @dataclass
@@ -121,13 +136,21 @@ class _Loading:
                 where=str(owner),
                 hint=f"the hooks are listed in refusalkit/hookspecs.py; {PLUGINS_VARIABLE} says which plugins to load",
             ) from None
-        found = []
-        for kind in _KINDS:
-            for implementation in getattr(self.manager.hook, kind).get_hookimpls():
-                if implementation.plugin is plugin:
-                    values = implementation.function()
-                    found += [(kind, _name(kind, value), Provided(value, owner)) for value in _listed(kind, values)]
-        self.provided += found
+        hooks = [
+            (kind, implementation.function)
+            for kind in _KINDS
+            for implementation in getattr(self.manager.hook, kind).get_hookimpls()
+            if implementation.plugin is plugin
+        ]
+        if not hooks:
+            raise InputError(
+                "has no hook", where=str(owner), hint="mark a function of refusalkit/hookspecs.py with @hookimpl"
+            )
+        self.provided += [
+            (kind, _name(kind, value), Provided(value, owner))
+            for kind, function in hooks
+            for value in _listed(kind, function())
+        ]
 
 
 def _listed(kind: str, values: Any) -> list[Any]:

@@ -51,13 +51,13 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"is not a finished run: no {', '.join(missing)}", where=str(folder), hint=AGAIN)
     return Run(
         folder=folder,
-        recipe=_mapping(folder / "recipe.yaml"),
-        environment=_mapping(folder / "environment.json"),
-        summary=_mapping(folder / "summary.json"),
-        prompts=_artifact(store, PromptSplits),
-        candidates=_artifact(store, Candidates),
-        choice=_artifact(store, Choice),
-        evaluation=_artifact(store, Evaluation),
+        recipe=mapping_in(folder / "recipe.yaml"),
+        environment=mapping_in(folder / "environment.json"),
+        summary=mapping_in(folder / "summary.json"),
+        prompts=artifact_in(store, PromptSplits),
+        candidates=artifact_in(store, Candidates),
+        choice=artifact_in(store, Choice),
+        evaluation=artifact_in(store, Evaluation),
     )
 
 
@@ -68,7 +68,7 @@ def missing_in(folder: Path) -> list[str]:
     return missing + [f"{kind.stage}/" for kind in READ_STAGES if store.key(kind.stage) is None]
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def mapping_in(path: Path) -> dict[str, Any]:
     """Read a JSON or YAML file that holds a mapping."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -80,7 +80,8 @@ def _mapping(path: Path) -> dict[str, Any]:
     return value
 
 
-def _artifact(store: Store, kind: type[A]) -> A:
+def artifact_in(store: Store, kind: type[A]) -> A:
+    """Read one artifact, or say what is wrong with it."""
     where = str(store.folder / kind.stage)
     try:
         artifact = store.load(kind)

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,18 +33,23 @@ def content_key(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, payload: bytes) -> None:
     """Write `path` so that a reader sees the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(payload)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, atomically."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -55,17 +61,27 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     """Write tensors as safetensors with `metadata` that says what they are, atomically."""
     from safetensors.torch import save
 
-    payload = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=dict(metadata))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=dict(metadata)))
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yield a draft that takes the place of `out` when the block ends; after an error there is none of it."""
+    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        yield draft
+        _remove(out)
+        os.replace(draft, out)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise cannot_write(path, error) from None
+        raise cannot_write(out, error) from None
+    except RunError as error:
+        # The draft's own name tells nobody anything.
+        error.where = str(out)
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def cannot_write(path: Path, error: OSError) -> RunError:
@@ -183,22 +199,8 @@ class Store:
             for name in type(artifact).model_fields
             if isinstance(value := getattr(artifact, name), torch.Tensor)
         }
-        final = self.folder / artifact.stage
-        draft = self._draft(artifact.stage)
-        try:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
+        with whole_folder(self.folder / artifact.stage) as draft:
             if tensors:
                 write_tensors(draft / "tensors.safetensors", tensors, metadata)
             value = json.loads(artifact.model_dump_json(exclude=set(tensors)))
             write_json(draft / "artifact.json", {"version": 1, "key": key, "metadata": dict(metadata), "value": value})
-            _remove(final)
-            os.replace(draft, final)
-        except OSError as error:
-            raise cannot_write(final, error) from None
-        except RunError as error:
-            # The draft's own name tells nobody anything.
-            error.where = str(final)
-            raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)

@@ -70,6 +70,10 @@ class Sent:
             self._sent = now
             self._connection.send(("advance", what, done, total))
 
+    def state(self, said: str) -> None:
+        """Send every state."""
+        self._connection.send(("state", said))
+
 
 def serve(connection: Connection, log: Path, threads: int | None) -> None:
     """Execute every task that comes through `connection`, until there are no more; talk goes to the file `log`."""
@@ -125,7 +129,7 @@ def _found(folder: Path) -> str:
     from refusalkit.run_directory import read_run
 
     run = read_run(folder)
-    return sentence(run.choice, run.evaluation)
+    return sentence(run.choice, run.evaluation, repairs=run.candidates.repairs)
 
 
 def _stop(*_: object) -> None:

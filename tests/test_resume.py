@@ -39,6 +39,9 @@ class Noted:
     def advance(self, what: str, done: int, total: int) -> None:
         self.shown.append(what)
 
+    def state(self, said: str) -> None:
+        self.shown.append(said)
+
 
 def states(plan: Plan, out: Path, until: str = "evaluate") -> list[str]:
     """Execute a plan, by default without the report, and return what became of each stage, in order."""

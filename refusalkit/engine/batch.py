@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from refusalkit.errors import RunError
+
 Tokens = tuple[int, ...]
 
 #: A shared front shorter than this costs more as a pass of its own than it saves.
@@ -67,6 +69,18 @@ def chunks(lengths: Sequence[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(order[start : start + size]) for start in range(0, len(order), size)]
 
 
+def halved(groups: Sequence[tuple[int, ...]], size: int) -> list[tuple[int, ...]]:
+    """Split groups further, in their order, into groups of at most `size`."""
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
+def prefix_inputs(prefix: Tokens, rows: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the model's inputs for `rows` passes over the shared front."""
+    ids = torch.tensor([prefix], device=device).repeat(rows, 1)
+    positions = torch.arange(len(prefix), device=device)[None].repeat(rows, 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
+
+
 def batch(prompts: Sequence[Tokens], indices: Sequence[int], prefix: int, pad_id: int, device: torch.device) -> Batch:
     """Pad the prompts at `indices`, dropping their first `prefix` tokens."""
     rows = [prompts[index][prefix:] for index in indices]
@@ -76,3 +90,15 @@ def batch(prompts: Sequence[Tokens], indices: Sequence[int], prefix: int, pad_id
     mask = torch.cat([own.new_ones(len(rows), prefix), own], dim=1)
     positions = (own.cumsum(-1) - 1).clamp(min=0) + prefix
     return Batch(tuple(indices), input_ids, mask, positions)
+
+
+def check_lengths(prompts: Sequence[Tokens], positions: Sequence[int]) -> None:
+    """Raise `RunError` for a prompt shorter than the deepest position."""
+    deepest = -min(positions)
+    shortest = min(len(prompt) for prompt in prompts)
+    if deepest > shortest:
+        raise RunError(
+            f"position -{deepest} lies before the start of a prompt of {shortest} tokens",
+            where="capture.positions",
+            hint="capture positions nearer to the end",
+        )

@@ -6,7 +6,8 @@ of the model and plain values, calls `algebra` alone, touches modules in forward
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import nnsight
@@ -21,6 +22,25 @@ Inputs = Mapping[str, Tensor]
 Objective = tuple[bool, Tensor]
 
 
+def walk(model: Any, program: Program, seen: algebra.Seen) -> Iterator[Tensor]:
+    """Take the steps of `program` inside a trace and yield what it keeps: hidden states [row, position, d_model]."""
+    prompts, step, decided = seen
+    for path, at_input, gate, change in program:
+        # A gate is read in the first pass; its decision holds for the completion.
+        if gate is not None and step:
+            continue
+        module = model.get(path)
+        value = module.input if at_input else module.output
+        if gate is not None:
+            decided.append(algebra.decide(value, gate, prompts))
+        elif change is None:
+            yield algebra.hidden(value, prompts)
+        elif at_input:
+            module.input = algebra.apply(value, change, seen)
+        else:
+            module.output = algebra.apply(value, change, seen)
+
+
 def last_logits(
     model: Any, inputs: Inputs, program: Program, options: Mapping[str, Any], skip: tuple[Sequence[str], Tensor | None]
 ) -> Tensor:
@@ -29,15 +49,11 @@ def last_logits(
     `skip` names the blocks that do not run, and what the next block gets in their place [row, position, d_model].
     """
     skipped, resid = skip
+    prompts = len(inputs["input_ids"])
     with torch.no_grad(), model.trace(inputs, **options):
         for path in skipped:
             model.get(path).skip(resid)
-        for path, at_input, remove, add, _ in program:
-            module = model.get(path)
-            if at_input:
-                module.input = algebra.edit(module.input, remove, add)
-            else:
-                module.output = algebra.edit_output(module.output, remove, add)
+        list(walk(model, program, (prompts, 0, [])))
         logits = nnsight.save(model.output.logits[:, -1])
     return logits  # type: ignore[no-any-return]
 
@@ -47,24 +63,16 @@ def read(
 ) -> list[Tensor]:
     """Return the hidden state [row, position, d_model] at every place that `program` keeps, and stop after the last.
 
-    `positions` picks positions; None keeps them all.
+    `positions` picks positions; None keeps them all. With `stop: False` among the options the pass runs to its end:
+    in a server's sandbox, a pass that is stopped puts the next one out of step.
     """
     index = slice(None) if positions is None else list(positions)
     prompts = len(inputs["input_ids"])
+    stops, options = _stops(options)
     with torch.no_grad(), model.trace(inputs, **options) as tracer:
-        found = nnsight.save([])
-        for path, at_input, remove, add, keep in program:
-            module = model.get(path)
-            value = module.input if at_input else module.output
-            if remove is not None or add is not None:
-                value = algebra.edit_output(value, remove, add)
-                if at_input:
-                    module.input = value
-                else:
-                    module.output = value
-            if keep:
-                found.append(algebra.hidden(value, prompts)[:, index])
-        tracer.stop()
+        found = nnsight.save([state[:, index] for state in walk(model, program, (prompts, 0, []))])
+        if stops:
+            tracer.stop()
     return found  # type: ignore[no-any-return]
 
 
@@ -74,22 +82,28 @@ def read_sums(
     """Return the sum over rows of what `program` keeps at `positions`, [position, read, d_model] float64."""
     index = list(positions)
     prompts = len(inputs["input_ids"])
+    stops, options = _stops(options)
     with torch.no_grad(), model.trace(inputs, **options) as tracer:
-        rows = []
-        for path, at_input, remove, add, keep in program:
-            module = model.get(path)
-            value = module.input if at_input else module.output
-            if remove is not None or add is not None:
-                value = algebra.edit_output(value, remove, add)
-                if at_input:
-                    module.input = value
-                else:
-                    module.output = value
-            if keep:
-                rows.append(algebra.hidden(value, prompts)[:, index].double().sum(0).cpu())
+        states = walk(model, program, (prompts, 0, []))
+        rows = [state[:, index].double().sum(0).cpu() for state in states]
         total = nnsight.save(torch.stack(rows, 1))
-        tracer.stop()
+        if stops:
+            tracer.stop()
     return total  # type: ignore[no-any-return]
+
+
+def _stops(options: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Take the option `stop` from those that the model gets."""
+    return options.get("stop", True), {name: value for name, value in options.items() if name != "stop"}
+
+
+def states_at(model: Any, inputs: Inputs, outputs: str, takes: str) -> tuple[Tensor, Tensor]:
+    """Return the output of the module at `outputs` and the input of the one at `takes`, which runs after it."""
+    prompts = len(inputs["input_ids"])
+    with torch.no_grad(), model.trace(inputs, logits_to_keep=1, use_cache=False):
+        given = nnsight.save(algebra.hidden(model.get(outputs).output, prompts))
+        taken = nnsight.save(algebra.hidden(model.get(takes).input, prompts))
+    return given, taken
 
 
 def gradients(
@@ -103,7 +117,7 @@ def gradients(
     prompts = len(inputs["input_ids"])
     with torch.enable_grad(), model.trace(inputs, **options):
         kept: list[Tensor] = []
-        for path, at_input, _, _, _ in program:
+        for path, at_input, _, _ in program:
             module = model.get(path)
             value = module.input if at_input else module.output
             # Gradients are those of the tensor that goes on, so it takes its shape afterwards.
@@ -128,30 +142,26 @@ def completion_losses(
 ) -> Tensor:
     """Return the summed cross-entropy [row] of the target tokens that the mask marks (token_ids, mask)."""
     token_ids, mask = targets
+    prompts = len(inputs["input_ids"])
     with torch.no_grad(), model.trace(inputs, **options):
-        for path, at_input, remove, add, _ in program:
-            module = model.get(path)
-            if at_input:
-                module.input = algebra.edit(module.input, remove, add)
-            else:
-                module.output = algebra.edit_output(module.output, remove, add)
+        list(walk(model, program, (prompts, 0, [])))
         losses = nnsight.save(algebra.completion_loss(model.output.logits, token_ids, mask))
     return losses  # type: ignore[no-any-return]
 
 
 def generate(model: Any, inputs: Inputs, program: Program, options: Mapping[str, Any]) -> Tensor:
     """Return greedy completions with their prompts [row, position] under `program` at every step."""
-    with torch.no_grad(), model.generate(**options) as tracer:
-        with tracer.invoke(inputs):
-            for _ in tracer.iter[:]:
-                for path, at_input, remove, add, _ in program:
-                    module = model.get(path)
-                    if at_input:
-                        module.input = algebra.edit(module.input, remove, add)
-                    else:
-                        module.output = algebra.edit_output(module.output, remove, add)
-        with tracer.invoke():
-            tokens = nnsight.save(tracer.result)
+    prompts = len(inputs["input_ids"])
+    with warnings.catch_warnings():
+        # An open loop over decode steps asks for one more than there are.
+        warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for", category=UserWarning)
+        with torch.no_grad(), model.generate(**options) as tracer:
+            with tracer.invoke(inputs):
+                decided: list[Tensor] = []
+                for step in tracer.iter[:]:
+                    list(walk(model, program, (prompts, step, decided)))
+            with tracer.invoke():
+                tokens = nnsight.save(tracer.result)
     return tokens  # type: ignore[no-any-return]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,11 +21,12 @@ from torch import Tensor
 from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.engine import attribution, blocks, weights
-from refusalkit.engine.batch import Batch, Tokens, batch, chunks, shared_prefix
+from refusalkit.engine.batch import Batch, Tokens, batch, check_lengths, chunks, halved, prefix_inputs, shared_prefix
 from refusalkit.engine.layout import layout_of
-from refusalkit.engine.lower import Pack, lower, packs
+from refusalkit.engine.lower import Pack, counted_from, lower, packs
 from refusalkit.engine.memory import out_of_memory
 from refusalkit.engine.request import Request, answer
+from refusalkit.engine.states import mean_states
 from refusalkit.errors import RunError
 from refusalkit.intervention import NOTHING, Intervention, Site
 from refusalkit.selector import Advance, Attribution, Measure
@@ -82,6 +82,11 @@ class Engine:
         """Where the inputs go."""
         return next(self.module.parameters()).device  # type: ignore[no-any-return]
 
+    @property
+    def dtype(self) -> str:
+        """The type of the weights."""
+        return str(self.module.dtype).removeprefix("torch.")
+
     def run(self, requests: Sequence[Request], advance: Advance | None = None) -> list[Any]:
         """Answer requests in their order (see `refusalkit.engine.request`)."""
         return [answer(self, request, advance) for request in requests]
@@ -94,18 +99,19 @@ class Engine:
         positions: Sequence[int],
         site: Site = "resid_pre",
         *,
+        layers: Sequence[int] | None = None,
         intervention: Intervention | None = None,
         keep_samples: bool = False,
         advance: Advance | None = None,
     ) -> Samples:
-        """Read the residual stream at `positions` of every layer: the float64 mean, and samples where asked.
+        """Read the residual stream at `positions` of every layer, or of `layers` (ascending), and stop after the last.
 
-        Under an intervention it is read as it is after the edits of each place. Raises `RunError` for a prompt
-        shorter than the deepest position.
+        It is the float64 mean, and samples where asked. Under an intervention it is read as it is after the edits of
+        each place. Raises `RunError` for a prompt shorter than the deepest position.
         """
-        _check_lengths(prompts, positions)
-        reads: list[tuple[Site, int]] = [(site, layer) for layer in range(self.n_layers)]
-        shared = intervention is None
+        check_lengths(prompts, positions)
+        reads: list[tuple[Site, int]] = [(site, layer) for layer in layers or range(self.n_layers)]
+        depth = min(self.n_layers, reads[-1][1] + (site != "resid_pre")) if layers else self.n_layers
         total: Tensor | None = None
         samples: list[tuple[tuple[int, ...], Tensor]] = []
 
@@ -120,10 +126,11 @@ class Engine:
                 part = rows.double().sum(0)
             else:
                 part = blocks.read_sums(self.model, inputs, program, positions, options)
-            self.prompt_passes += len(group.indices)
+            self.prompt_passes += len(group.indices) * depth / self.n_layers
             total = part if total is None else total + part
 
-        self._over(prompts, run, keep=max(-position for position in positions), share=shared, advance=advance)
+        front = self._prefix(prompts, keep=-min(positions)) if intervention is None and depth else ()
+        self._over(prompts, run, prefix=front, depth=depth, advance=advance)
         assert total is not None
         kept = None
         if keep_samples:
@@ -136,14 +143,14 @@ class Engine:
         """Return the last-position logits [prompt, d_vocab], on the CPU, in float32 or wider."""
         found: dict[int, Tensor] = {}
         pack = Pack((0,), (intervention or NOTHING,))
-        prefix = self._prefix(prompts, keep=1)
+        prefix = self._prefix(prompts, keep=1, interventions=pack.interventions)
 
         def run(group: Batch, options: dict[str, Any]) -> None:
             front = self._front(pack, prefix, None) if prefix else None
             rows = algebra.widen(self._packed_logits(group, pack, front, None)).cpu()
             found.update(zip(group.indices, rows, strict=True))
 
-        self._over(prompts, run, prefix=prefix, shared_cache=False)
+        self._over(prompts, run, prefix=prefix)
         return torch.stack([found[index] for index in range(len(prompts))])
 
     def measure(
@@ -161,7 +168,7 @@ class Engine:
             measure = replace(measure, reference=self.logits(prompts))
         values = torch.full((len(interventions), len(prompts)), math.nan, dtype=torch.float64)
         limit = math.inf if measure.stop_above is None else measure.stop_above * len(prompts)
-        prefix = self._prefix(prompts, keep=1)
+        prefix = self._prefix(prompts, keep=1, interventions=interventions)
         done, total = 0, len(interventions) * len(prompts)
 
         def alive(indices: Iterable[int]) -> list[int]:
@@ -180,8 +187,10 @@ class Engine:
                 if advance is not None:
                     advance(min(done, total), total)
 
-        self._over(prompts, run, prefix=prefix, shared_cache=False)
+        self._over(prompts, run, prefix=prefix)
         return values
+
+    mean_states = mean_states
 
     def _pack_by_parts(
         self,
@@ -237,7 +246,7 @@ class Engine:
             # A backward pass costs about two forward passes.
             self.prompt_passes += len(rows) * (1 + 2 * len(measures))
 
-        self._over(prompts, run, share=False)
+        self._over(prompts, run)
         gradient /= len(prompts)
         return [
             Attribution(values[index], gradient[index], values[index] + removal[index])
@@ -273,10 +282,11 @@ class Engine:
             below.batch_repeat_interleave(times)
             return below
         cache = self._empty_cache()
-        program = lower(pack.interventions, self.layout, 1, self.device)
+        # The prompt's last token is not in the front, so nothing that starts there reaches it.
+        program = counted_from(lower(pack.interventions, self.layout, 1, self.device), -1)
         skip = self._skip(start, clean.prefix_resid[start] if clean is not None and start else None, times)
         options = {"logits_to_keep": 1, **self._with_cache(cache)}
-        blocks.last_logits(self.model, _prefix_inputs(prefix, times, self.device), program, options, skip)
+        blocks.last_logits(self.model, prefix_inputs(prefix, times, self.device), program, options, skip)
         if start and clean is not None:
             # Layers that did not run have left no keys; theirs are the unmodified model's.
             below = copy.deepcopy(clean.prefix_cache)
@@ -297,7 +307,7 @@ class Engine:
         cache = None
         if prefix:
             cache = self._empty_cache()
-            inputs = _prefix_inputs(prefix, 1, self.device)
+            inputs = prefix_inputs(prefix, 1, self.device)
             # Not stopped after the last input: the cache needs the last block too.
             last = lower([NOTHING], self.layout, 1, self.device, [*reads, ("resid_post", self.n_layers - 1)])
             front = blocks.read(self.model, inputs, last, None, self._with_cache(cache))
@@ -339,15 +349,14 @@ class Engine:
                 ids = blocks.generate_plainly(self.model, inputs, options)
             else:
                 program = lower([intervention], self.layout, len(group.indices), self.device)
-                with _one_step_too_many():
-                    ids = blocks.generate(self.model, inputs, program, options)
+                ids = blocks.generate(self.model, inputs, program, options)
             # The last token is not read again.
             self.prompt_passes += len(group.indices) * (ids.shape[1] - 1) / group.input_ids.shape[1]
             for index, row in zip(group.indices, ids[:, group.input_ids.shape[1] :].tolist(), strict=True):
                 ends = [place for place, token in enumerate(row) if token in stops]
                 found[index] = tuple(row[: ends[0]] if ends else row)
 
-        self._over(prompts, run, share=False, advance=advance)
+        self._over(prompts, run, advance=advance)
         return [found[index] for index in range(len(prompts))]
 
     def losses(
@@ -359,29 +368,30 @@ class Engine:
         whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
 
         def run(group: Batch, _: dict[str, Any]) -> None:
-            width = int(counts[list(group.indices)].max()) + 1
-            columns = torch.arange(width, 0, -1)
-            mask = columns[None] <= counts[list(group.indices), None]
-            targets = (group.input_ids[:, -width:], mask)
-            program = lower([intervention or NOTHING], self.layout, len(group.indices), self.device)
+            rows = list(group.indices)
+            width = int(counts[rows].max()) + 1
+            targets = (group.input_ids[:, -width:], torch.arange(width, 0, -1)[None] <= counts[rows, None])
+            program = lower([intervention or NOTHING], self.layout, len(rows), self.device)
+            program = counted_from(program, counts[rows, None].to(self.device))
             options = {"logits_to_keep": width, "use_cache": False}
-            rows = blocks.completion_losses(self.model, group.repeated(1), program, targets, options)
-            losses[list(group.indices)] = rows.cpu()
-            self.prompt_passes += sum(len(whole[index]) / len(prompts[index]) for index in group.indices)
+            losses[rows] = blocks.completion_losses(self.model, group.repeated(1), program, targets, options).cpu()
+            self.prompt_passes += sum(len(whole[index]) / len(prompts[index]) for index in rows)
 
-        self._over(whole, run, share=False)
+        self._over(whole, run)
         return losses, counts
 
     @contextmanager
-    def edited_weights(self, basis: Tensor) -> Iterator[weights.Edited]:
+    def edited_weights(self, basis: Tensor, keep_norms: bool = False) -> Iterator[weights.Edited]:
         """Remove `basis` [rank, d_model] from every weight that writes the residual stream, and put it back after."""
-        with weights.edited(self.module, self.adapter, basis) as edited:
+        with weights.edited(self.module, self.adapter, basis, keep_norms) as edited:
             yield edited
 
     # -- batching ----------------------------------------------------------------------------------------------
 
-    def _prefix(self, prompts: Sequence[Tokens], keep: int) -> Tokens:
-        if not self.shares_prefix or not self._cache_can_be_shared(max(len(prompt) for prompt in prompts)):
+    def _prefix(self, prompts: Sequence[Tokens], keep: int, interventions: Sequence[Intervention] = ()) -> Tokens:
+        # What a gate decides at the end of a prompt changes its front.
+        shares = self.shares_prefix and all(intervention.gate is None for intervention in interventions)
+        if not shares or not self._cache_can_be_shared(max(len(prompt) for prompt in prompts)):
             return ()
         return shared_prefix(prompts, keep)
 
@@ -390,21 +400,21 @@ class Engine:
         prompts: Sequence[Tokens],
         run: Callable[[Batch, dict[str, Any]], None],
         *,
-        keep: int = 1,
-        prefix: Tokens | None = None,
-        share: bool = True,
-        shared_cache: bool = True,
-        size: int | None = None,
+        prefix: Tokens = (),
+        depth: int = 0,
         advance: Advance | None = None,
     ) -> None:
-        """Call `run` on every batch, halving the batch when memory runs out and remembering the size that fits."""
-        front = (self._prefix(prompts, keep) if share else ()) if prefix is None else prefix
-        shared = self._shared_cache(front) if front and shared_cache else None
-        pending = chunks([len(prompt) for prompt in prompts], min(size or self.batch_size, self.batch_size))
+        """Call `run` on every batch, halving the batch when memory runs out and remembering the size that fits.
+
+        The prompts come without the front `prefix` that all of them share; where there is a `depth`, with the keys and
+        values of the front in as many layers.
+        """
+        shared = self._shared_cache(prefix, depth) if prefix and depth else None
+        pending = chunks([len(prompt) for prompt in prompts], self.batch_size)
         done = 0
         while pending:
             indices = pending.pop(0)
-            group = batch(prompts, indices, len(front), self._pad_id(), self.device)
+            group = batch(prompts, indices, len(prefix), self._pad_id(), self.device)
             options: dict[str, Any] = {"use_cache": False}
             if shared is not None:
                 used = copy.deepcopy(shared)
@@ -422,7 +432,7 @@ class Engine:
                         hint="use a smaller dtype, a shorter prompt or a larger device",
                     ) from None
                 self.batch_size = max(1, len(indices) // 2)
-                pending = _halved([indices, *pending], self.batch_size)
+                pending = halved([indices, *pending], self.batch_size)
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 continue
@@ -430,10 +440,11 @@ class Engine:
             if advance is not None:
                 advance(done, len(prompts))
 
-    def _shared_cache(self, prefix: Tokens) -> Any:
+    def _shared_cache(self, prefix: Tokens, depth: int) -> Any:
         cache = self._empty_cache()
-        options = {"logits_to_keep": 1, **self._with_cache(cache)}
-        blocks.last_logits(self.model, _prefix_inputs(prefix, 1, self.device), (), options, ((), None))
+        inputs = prefix_inputs(prefix, 1, self.device)
+        program = lower([NOTHING], self.layout, 1, self.device, [("resid_post", depth - 1)])
+        blocks.read(self.model, inputs, program, None, self._with_cache(cache))
         return cache
 
     def _with_cache(self, cache: Any) -> dict[str, Any]:
@@ -471,39 +482,8 @@ def _start(pack: Pack, clean: Clean | None) -> int:
 _PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 
 
-def _halved(groups: Sequence[tuple[int, ...]], size: int) -> list[tuple[int, ...]]:
-    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-
-
-def _prefix_inputs(prefix: Tokens, rows: int, device: torch.device) -> dict[str, Tensor]:
-    ids = torch.tensor([prefix], device=device).repeat(rows, 1)
-    positions = torch.arange(len(prefix), device=device)[None].repeat(rows, 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
-
-
 def _reduce(logits: Tensor, measure: Measure, rows: Sequence[int], times: int) -> Tensor:
     if measure.kind == "refusal_score":
         return algebra.refusal_score(logits, torch.tensor(measure.token_ids))
     assert measure.reference is not None
     return algebra.kl_nats(measure.reference[list(rows)].repeat(times, 1), logits)
-
-
-def _check_lengths(prompts: Sequence[Tokens], positions: Sequence[int]) -> None:
-    deepest = -min(positions)
-    shortest = min(len(prompt) for prompt in prompts)
-    if deepest > shortest:
-        raise RunError(
-            f"position -{deepest} lies before the start of a prompt of {shortest} tokens",
-            where="capture.positions",
-            hint="capture positions nearer to the end",
-        )
-
-
-@contextmanager
-def _one_step_too_many() -> Iterator[None]:
-    """Silence nnsight's word that an open loop over decode steps asked for one more than there were."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*was never reached: the loop asked for a step", category=UserWarning
-        )
-        yield

@@ -7,7 +7,7 @@ of them travel as one job, so each asks for the smallest thing that answers the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from refusalkit import algebra
 from refusalkit.engine.batch import Tokens
+from refusalkit.engine.work import of_openers
 from refusalkit.intervention import Intervention, Site
 from refusalkit.selector import Advance, Measure
 
@@ -30,6 +31,8 @@ class Capture:
     positions: Sequence[int]
     site: Site = "resid_pre"
     keep_samples: bool = False
+    layers: tuple[int, ...] | None = None
+    """Ascending; None for all. Nothing above the last one runs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,15 @@ class Scores:
     prompts: Sequence[Tokens]
     interventions: Sequence[Intervention]
     measure: Measure
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """Average what blocks hand on at the last token; answered by [intervention, layer, d_model] float64."""
+
+    prompts: Sequence[Tokens]
+    interventions: Sequence[Intervention]
+    layers: Sequence[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,22 +134,29 @@ class Cosines:
     site: Site = "resid_pre"
 
 
-Request = Capture | Scores | Openings | Readings | Completions | Losses | Cosines
+Request = Capture | Scores | States | Openings | Readings | Completions | Losses | Cosines
 
 
 def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
     """Answer one request on this machine."""
     match request:
-        case Capture(prompts, positions, site, keep_samples):
-            return engine.capture(prompts, positions, site, keep_samples=keep_samples, advance=advance)
+        case Capture(prompts, positions, site, keep_samples, layers):
+            return engine.capture(prompts, positions, site, layers=layers, keep_samples=keep_samples, advance=advance)
         case Scores(prompts, interventions, measure):
             return engine.measure(prompts, interventions, measure, advance)
+        case States(prompts, interventions, layers):
+            return engine.mean_states(prompts, interventions, layers, advance)
         case Openings():
             return opened([engine.logits(group) for group in request.groups], request.token_ids, request.most)
         case Readings(prompts, interventions, token_ids, keep_logits):
-            reference = engine.logits(prompts)
-            changed = (engine.logits(prompts, each) if each.edits else reference for each in interventions)
-            return [reading(logits, reference, token_ids, keep_logits) for logits in changed]
+            plain = engine.logits(prompts)
+            read = []
+            for each in interventions:
+                # A gate shares no front between prompts: beside an equal pass, those it turns away keep every bit.
+                reference = plain if each.gate is None else engine.logits(prompts, replace(each, edits=()))
+                logits = engine.logits(prompts, each) if each.edits else reference
+                read.append(reading(logits, reference, token_ids, keep_logits))
+            return read
         case Completions(prompts, intervention, max_new_tokens):
             return engine.generate(prompts, intervention, max_new_tokens, advance)
         case Losses(prompts, completions, intervention):
@@ -150,11 +169,8 @@ def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
 
 def opened(groups: Sequence[Tensor], token_ids: tuple[int, ...], most: int) -> Opened:
     """Reduce the groups' last-position logits [prompt, d_vocab] to the probabilities of a few tokens."""
-    probabilities = [logits.double().softmax(-1) for logits in groups]
-    difference = probabilities[0].mean(0) - probabilities[1].mean(0)
-    found = difference.argsort(descending=True)[:most].tolist()
-    wanted = tuple(dict.fromkeys([*token_ids, *found]))
-    return Opened(wanted, tuple(rows[:, list(wanted)].cpu() for rows in probabilities))
+    wanted, *probabilities = of_openers(groups, token_ids, most)
+    return Opened(tuple(wanted.tolist()), tuple(probabilities))
 
 
 def reading(logits: Tensor, reference: Tensor, token_ids: tuple[int, ...], keep_logits: bool = False) -> Reading:

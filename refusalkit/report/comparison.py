@@ -14,9 +14,9 @@ from typing import Any
 
 from refusalkit.artifacts import Result
 from refusalkit.errors import InputError
-from refusalkit.metric import Side
+from refusalkit.metric import SIDES, Side
 from refusalkit.paired import Difference, Sample, difference, holm
-from refusalkit.report.measured import BASELINE, SIDES, find, interventions, is_control
+from refusalkit.report.measured import BASELINE, find, interventions, is_control
 from refusalkit.report.wording import count
 from refusalkit.run_directory import Run, missing_in, read_run
 from refusalkit.sweep_folder import is_sweep_folder, runs_in

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,7 +30,6 @@ from refusalkit.metric import Evidence, Metric, Need, Side
 from refusalkit.recipe import EvaluateSection
 from refusalkit.stages.bench import Bench
 
-SIDES: tuple[Side, Side] = ("harmful", "harmless")
 #: What metrics need that rests on completions of the unmodified model.
 WRITTEN: set[Need] = {"completions", "losses"}
 Tokens = tuple[int, ...]
@@ -74,7 +73,7 @@ class Outcome:
 
     reading: Reading
     unmodified: Tensor | None
-    """The unmodified model's logits [prompt, d_vocab], where a metric needs logits."""
+    """The unmodified model's logits [prompt, d_vocab], where a metric or a weight edit needs logits."""
     completions: tuple[Tokens, ...] = ()
     losses: tuple[Tensor, Tensor] | None = None
 
@@ -107,28 +106,33 @@ def evaluate(
     unmodified: Unmodified,
     bench: Bench,
 ) -> Evaluation:
-    """Run every intervention, and its random controls, on both sides' test prompts.
+    """Run every intervention, and its random controls, on every side's test prompts.
 
     Raises `RunError` when an intervention that should act changes no logit.
     """
     activations, choice = found
-    harmless = activations.harmless_mean[activations.positions.index(choice.position)].float()
+    row = activations.positions.index(choice.position)
     direction = Direction(
-        choice.direction.float(), choice.position, choice.layer, len(harmless), activations.site, harmless
+        choice.direction.float(),
+        choice.position,
+        choice.layer,
+        activations.harmless_mean.shape[1],
+        activations.site,
+        activations.harmless_mean[row].float(),
+        activations.harmful_mean[row].float(),
     )
     cases = _cases(section, direction)
     written = unmodified.completions
     asked = [replace(each, completions=written.get(each.side, ())) for each in _asked(section, splits, bench)]
-    outcomes, separation = _on_activations(
-        [c for c in cases if c.intervention.weights is None], asked, direction, bench
-    )
+    outcomes, separation = _on_activations(cases, asked, direction, bench)
     edits = []
     for case in cases:
         if case.intervention.weights is not None:
-            made, edit = _on_weights(case, asked, direction, bench)
+            plain = {each.side: outcomes["none", each.side].unmodified for each in asked}
+            made, edit = _on_weights(case, asked, plain, direction, bench)
             outcomes.update(made)
             edits.append(edit)
-        _check(case, [outcomes[case.label, side] for side in SIDES])
+        _check(case, *({each.side: outcomes[label, each.side] for each in asked} for label in (case.label, "none")))
     results: list[Result] = []
     generated = []
     for case in cases:
@@ -164,11 +168,11 @@ def _control_label(spec: InterventionSpec, number: int) -> str:
 
 
 def _random_like(direction: Direction, seed: int) -> Direction:
-    """Draw a random direction with the norm of `direction`."""
+    """Draw a random direction with the norm of `direction`; gates still read along the one that was found."""
     vector = direction.vector
     draw = torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed))
     scaled = algebra.unit(draw) * vector.norm(dim=-1, keepdim=True)
-    return replace(direction, vector=scaled)
+    return replace(direction, vector=scaled, found=vector)
 
 
 def _asked(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tuple[Asked, ...]:
@@ -182,7 +186,7 @@ def _asked(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tupl
             tuple(metric for metric in section.metrics if side in metric.sides),
             section.max_new_tokens,
         )
-        for side in SIDES
+        for side in splits.sides
     )
 
 
@@ -190,14 +194,15 @@ def _on_activations(
     cases: Sequence[Case], asked: Sequence[Asked], direction: Direction, bench: Bench
 ) -> tuple[Outcomes, tuple[Separation, ...]]:
     """Ask everything about every case that leaves the weights alone, and how the prompts lie along the direction."""
+    edits_weights = any(case.intervention.weights is not None for case in cases)
+    cases = [case for case in cases if case.intervention.weights is None]
     interventions = [case.intervention for case in cases]
-    main = direction.vector.reshape(-1, direction.vector.shape[-1])[0]
     requests: dict[tuple[str, Side, str], Request] = {}
     for each in asked:
         requests["", each.side, "readings"] = Readings(
-            each.tokens, interventions, each.opener_ids, keep_logits="logits" in each.needs
+            each.tokens, interventions, each.opener_ids, keep_logits=edits_weights or "logits" in each.needs
         )
-        requests["", each.side, "cosines"] = Cosines(each.tokens, main, direction.position, direction.site)
+        requests["", each.side, "cosines"] = Cosines(each.tokens, direction.main, direction.position, direction.site)
         for case in cases:
             requests.update({(case.label, each.side, kind): made for kind, made in _writing(case, each).items()})
     found = bench.engine.run(list(requests.values()), bench.advance("interventions"))
@@ -222,52 +227,83 @@ def _writing(case: Case, asked: Asked) -> dict[str, Request]:
     return requests
 
 
-def _on_weights(case: Case, asked: Sequence[Asked], direction: Direction, bench: Bench) -> tuple[Outcomes, WeightEdit]:
+def _on_weights(
+    case: Case, asked: Sequence[Asked], unmodified: Mapping[Side, Tensor | None], direction: Direction, bench: Bench
+) -> tuple[Outcomes, WeightEdit]:
     """Run a case with its weights edited, and compare it with the same ablation of the activations."""
-    engine, ablation = bench.engine, ablate_everywhere(direction)
-    assert case.intervention.weights is not None
-    plain = {each.side: engine.logits(each.tokens) for each in asked}
+    engine, ablation, basis = bench.engine, ablate_everywhere(direction), case.intervention.weights
+    assert basis is not None
+    keeps_norms = case.intervention.keeps_norms
     expected = {each.side: engine.logits(each.tokens, ablation) for each in asked}
+    simpler: dict[Side, Tensor] = {}
+    if keeps_norms:
+        with engine.edited_weights(basis):
+            simpler = {each.side: engine.logits(each.tokens) for each in asked}
     outcomes: Outcomes = {}
-    gaps = []
-    with engine.edited_weights(case.intervention.weights) as edited:
+    logits: dict[Side, Tensor] = {}
+    with engine.edited_weights(basis, keeps_norms) as edited:
         for each in asked:
-            logits = engine.logits(each.tokens)
+            plain = unmodified[each.side]
+            assert plain is not None
+            logits[each.side] = engine.logits(each.tokens)
             writing = _writing(case, each)
             found = engine.run(list(writing.values()), bench.advance(f"{case.label} on {each.side} prompts"))
             answers = dict(zip(writing, found, strict=True))
             outcomes[case.label, each.side] = Outcome(
-                reading(logits, plain[each.side], each.opener_ids, keep_logits=True),
-                plain[each.side],
+                reading(logits[each.side], plain, each.opener_ids, keep_logits=True),
+                plain,
                 tuple(answers.get("completions", ())),
                 answers.get("losses"),
             )
-            gaps.append(((logits - expected[each.side]).abs().max() / expected[each.side].std()).item())
     return outcomes, WeightEdit(
         label=case.label,
         edited=edited.names,
         untied=edited.untied,
-        claim=engine.adapter.inexact,
-        max_logit_gap=max(gaps),
+        claim="the columns of the blocks' matrices keep their lengths" if keeps_norms else engine.adapter.inexact,
+        max_logit_gap=_gap(logits, expected),
+        plain_logit_gap=_gap(logits, simpler) if keeps_norms else None,
     )
 
 
-def _check(case: Case, outcomes: Sequence[Outcome]) -> None:
+def _gap(logits: Mapping[Side, Tensor], others: Mapping[Side, Tensor]) -> float:
+    return max(((logits[side] - other).abs().max() / other.std()).item() for side, other in others.items())
+
+
+def _check(case: Case, outcomes: Mapping[Side, Outcome], plain: Mapping[Side, Outcome]) -> None:
+    """Refuse numbers that mean nothing, given what the unmodified model did."""
     where = f"evaluate.interventions: {case.label}"
-    bad = [side for side, outcome in zip(SIDES, outcomes, strict=True) if not outcome.reading.finite]
+    bad = [side for side, outcome in outcomes.items() if not outcome.reading.finite]
     if bad:
         raise RunError(
             f"the logits on {' and '.join(bad)} test prompts are not numbers",
             where=where,
             hint="use a smaller scale, or load the model with `model.dtype: float32`",
         )
-    if case.acts and not any(outcome.reading.moved for outcome in outcomes):
+    if case.acts and not any(_moved(outcome, plain[side]) for side, outcome in outcomes.items()):
         raise RunError(
             "changes nothing: the logits of every test prompt are those of the unmodified model",
             where=where,
-            hint="a scale of 0 changes nothing; otherwise the adapter may name modules that do not write the residual "
-            "stream (docs/symptoms.md)",
+            hint=_why_nothing(case.intervention),
         )
+
+
+def _moved(outcome: Outcome, plain: Outcome) -> bool:
+    """Say whether anything that was measured differs: what acts on generated tokens alone moves no first logit."""
+    if outcome.reading.moved or outcome.completions != plain.completions:
+        return True
+    pair = outcome.losses, plain.losses
+    return pair[0] is not None and pair[1] is not None and not torch.equal(pair[0][0], pair[1][0])
+
+
+def _why_nothing(intervention: Intervention) -> str:
+    if intervention.gate is not None:
+        return "its gate opens for no test prompt: set another `threshold`"
+    if intervention.edits and all((edit.tokens[0] or 0) > 0 for edit in intervention.edits):
+        return "it acts on generated tokens alone: measure completions (`refusal_rate`) or losses (`cross_entropy`)"
+    return (
+        "a scale of 0 changes nothing; otherwise the adapter may name modules that do not write the residual stream "
+        "(docs/symptoms.md)"
+    )
 
 
 def _results(
