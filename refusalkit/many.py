@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -225,7 +225,8 @@ class Pool:
         if kind == "stage":
             worker.stage = details[0]
         shown = worker.progress
-        {"stage": shown.stage, "advance": shown.advance, "state": shown.state}[kind](*details)
+        tell: Callable[..., None] = {"stage": shown.stage, "advance": shown.advance, "state": shown.state}[kind]
+        tell(*details)
         return None
 
     def _say(self, worker: Worker, task: Task, end: Ended) -> None:
