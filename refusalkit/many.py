@@ -225,8 +225,12 @@ class Pool:
         if kind == "stage":
             worker.stage = details[0]
         shown = worker.progress
-        tell: Callable[..., None] = {"stage": shown.stage, "advance": shown.advance, "state": shown.state}[kind]
-        tell(*details)
+        tells: dict[str, Callable[..., None]] = {
+            "stage": shown.stage,
+            "advance": shown.advance,
+            "state": shown.state,
+        }
+        tells[kind](*details)
         return None
 
     def _say(self, worker: Worker, task: Task, end: Ended) -> None:
