@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from refusalkit import safety_commands
-from refusalkit.cli_plugins import plugin_app
 from refusalkit.errors import InputError, Interrupted, RefusalkitError
+from refusalkit.plugin_commands import plugin_app
 
 if TYPE_CHECKING:
     from refusalkit.batch import Batch
@@ -408,6 +408,7 @@ def ndif_status(
 
 
 app.command()(safety_commands.monitor)
+app.command()(safety_commands.audit)
 
 
 @app.command()

@@ -224,13 +224,12 @@ class Pool:
         assert worker.progress is not None
         if kind == "stage":
             worker.stage = details[0]
-        shown = worker.progress
-        tells: dict[str, Callable[..., None]] = {
-            "stage": shown.stage,
-            "advance": shown.advance,
-            "state": shown.state,
+        told: dict[str, Callable[..., None]] = {
+            "stage": worker.progress.stage,
+            "advance": worker.progress.advance,
+            "state": worker.progress.state,
         }
-        tells[kind](*details)
+        told[kind](*details)
         return None
 
     def _say(self, worker: Worker, task: Task, end: Ended) -> None:

@@ -70,7 +70,7 @@ class Lines:
 
     def state(self, said: str) -> None:
         """Write every state: there are few, and each may last for hours."""
-        print(f"{self._stage}: {said}", file=sys.stderr, flush=True)
+        self._say(f"{self._stage}: {said}")
 
 
 class Bars:

@@ -93,3 +93,44 @@ def _watched(descriptor: int, opened: Monitor) -> int:
     except Interrupted:
         raise Interrupted(f"{written} records were written") from None
     return unread
+
+
+def audit(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="A hub name, a folder or tiny:FAMILY; left out, prints the thresholds."),
+    ] = None,
+    thresholds: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Thresholds in YAML, in place of the default ones.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The audit's folder; by default runs/audit-NAME.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+    settings: Settings = None,
+) -> None:
+    """Measure how brittle a checkpoint's refusals are, and hold it to thresholds.
+
+    Exit status 1 says that a threshold is not kept; the output says which and why. Finished stages are kept. Without
+    MODEL it prints the default thresholds, to start a file of your own from.
+    """
+    from refusalkit.audit.thresholds import default_file, read_thresholds
+
+    if model is None:
+        print(default_file().read_text(encoding="utf-8"), end="")
+        return
+    from refusalkit.audit.outcome import document, table
+    from refusalkit.audit.run import audit as run_audit
+    from refusalkit.audit.run import plan_audit
+    from refusalkit.checkpoint import quiet
+    from refusalkit.progress import progress
+    from refusalkit.registry import load_registry
+
+    quiet()
+    registry = load_registry()
+    asked = read_thresholds(thresholds or default_file(), registry)
+    plan = plan_audit(model, settings or (), registry)
+    folder = out if out is not None else Path("runs") / plan.recipe.name
+    with progress() as shown:
+        outcome = run_audit(plan, folder, asked, shown)
+    print(json.dumps(document(outcome), indent=1) if as_json else f"{table(outcome)}\n\n{folder / 'audit.html'}")
+    if outcome.failed:
+        raise typer.Exit(1)

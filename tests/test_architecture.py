@@ -34,7 +34,7 @@ LAYERS = (
     ("adapter_check", "bake", "pipeline", "plugin"),
     ("batch", "worker", "plan_text"),
     ("many", "python", "reproduction", "interchange", "monitor", "audit"),
-    ("cli", "cli_plugins", "safety_commands", "pytest_plugin"),
+    ("cli", "plugin_commands", "safety_commands", "pytest_plugin"),
     ("__main__", "reference"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -140,7 +140,7 @@ def test_algebra_imports_torch_only() -> None:
         "registry",
         "hookspecs",
         "cli",
-        "cli_plugins",
+        "plugin_commands",
         "safety_commands",
         "pytest_plugin",
     ],
