@@ -44,6 +44,11 @@ class Edit:
     gated: bool = False
     """Whether only prompts are changed that the intervention's gate lets through."""
 
+    @property
+    def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """What `algebra.edit` takes beside the hidden state, in its order."""
+        return self.remove, self.add, self.turn, self.along
+
 
 @dataclass(frozen=True, eq=False)
 class Gate:

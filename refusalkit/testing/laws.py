@@ -225,13 +225,12 @@ def _edits_obey_algebra(built: Intervention, d_model: int) -> tuple[Law, ...]:
     x = torch.randn((3, 5, d_model), generator=torch.Generator().manual_seed(5))
     twice, back = [0.0], [0.0]
     for edit in built.edits:
-        parts = (edit.remove, edit.add, edit.turn, edit.along)
-        once = algebra.edit(x, *parts)
+        once = algebra.edit(x, *edit.parts)
         if edit.remove is None and edit.add is not None:
             taken = algebra.edit(algebra.edit(x, add=edit.add), add=-edit.add)
             back.append(((taken - x).norm() / x.norm()).item())
         elif edit.remove is not None and _stays_inside(edit):
-            twice.append(((algebra.edit(once, *parts) - once).norm() / once.norm()).item())
+            twice.append(((algebra.edit(once, *edit.parts) - once).norm() / once.norm()).item())
     return (
         Law("setting a component twice is setting it once", max(twice), 1e-5),
         Law("what is added can be taken back", max(back), 1e-5),
