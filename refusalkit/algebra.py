@@ -120,7 +120,7 @@ def apply(output: Output, change: Change, seen: Seen) -> Output:
         edited = edited.where(within(span, state, step), state)
     if gated:
         edited = edited.where(decided[0].to(state.device)[:, None, None], state)
-    edited = edited.reshape(original.shape)
+    edited = edited if state is original else edited.reshape(original.shape)
     return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
 

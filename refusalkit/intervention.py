@@ -44,6 +44,11 @@ class Edit:
     gated: bool = False
     """Whether only prompts are changed that the intervention's gate lets through."""
 
+    @property
+    def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """What `algebra.edit` takes beside the hidden state, in its order."""
+        return self.remove, self.add, self.turn, self.along
+
 
 @dataclass(frozen=True, eq=False)
 class Gate:
@@ -63,7 +68,7 @@ class Intervention:
     """Hold everything an engine does differently: edits of activations, or a subspace removed from the weights."""
 
     edits: tuple[Edit, ...] = ()
-    """In forward order of their places; at one place in the order given."""
+    """Applied in forward order of their places, and at one place in the order given."""
     weights: Tensor | None = None
     """Orthonormal rows [rank, d_model] to remove from every weight that writes the residual stream."""
     keeps_norms: bool = False
@@ -185,8 +190,8 @@ class ActivationSpec(InterventionSpec):
     """Whether it acts in every layer, and not only in the one the direction was found in, where `layers` is null."""
 
     layers: Annotated[tuple[Ordinal, ...], Field(min_length=2, max_length=2)] | None = None
-    """The first and the last layer it acts in; null: every layer for what acts throughout the model, else the one the
-    direction was found in."""
+    """The first and the last layer it acts in; null: every layer for what acts on the whole stream (`ablate`,
+    `mean_ablate`, `angular`), for all else the layer the direction was found in."""
     where: Literal["all", "prompt", "generated", "last"] = "all"
     """Which tokens it changes: all, those of the prompt, those that are generated, or at each step the last one alone,
     from which the next token follows."""

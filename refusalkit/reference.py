@@ -98,11 +98,27 @@ def _choices(name: str, registry: Registry) -> list[str]:
         lines += ["", f"### `{where}`: `{choice}`", "", *_wrapped(_doc(provider))]
         helps = attribute_docs(provider)
         options = {
-            key: field for key, field in provider.model_fields.items() if not (field.default == choice and key != name)
+            key: field
+            for key, field in provider.model_fields.items()
+            if not (field.default == choice and key != name) and key not in _shared(provider)
         }
         keys = [line for key, field in options.items() for line in _key(key, field, helps.get(key))]
+        if _shared(provider):
+            keys += _item("`layers`, `where`, `steps`", "see below")
         lines += ["", *keys] if keys else []
+    if any(map(_shared, providers.values())):
+        lines += ["", f"### `{where}`: `layers`, `where`, `steps`", "", *_wrapped(_WINDOWS), ""]
+        fields = ActivationSpec.model_fields
+        lines += [line for key in _shared(ActivationSpec) for line in _key(key, fields[key])]
     return lines
+
+
+_WINDOWS = "Whatever acts on activations can be kept to some layers, some tokens and some decode steps."
+
+
+def _shared(provider: type[BaseModel]) -> tuple[str, ...]:
+    """Return the keys that a provider has in common with others, and which are described once."""
+    return tuple(inspect.get_annotations(ActivationSpec))[1:] if issubclass(provider, ActivationSpec) else ()
 
 
 def _key(name: str, field: FieldInfo, about: str | None = None) -> list[str]:
@@ -148,7 +164,8 @@ def _type(annotation: Any, metadata: typing.Sequence[Any] = (), key: str = "") -
     elif origin in (typing.Union, types.UnionType):
         text = " or ".join(_type(part) for part in arguments)
     elif origin is tuple:
-        text = f"list of {_type(arguments[0])}"
+        item = _type(arguments[0])
+        text = f"list of ({item})" if " or " in item else f"list of {item}"
     elif origin is dict:
         text = "keys and values"
     elif isinstance(annotation, type) and issubclass(annotation, InterventionSpec):

@@ -39,6 +39,8 @@ COMPARE = ROOT / "recipes" / "methods" / "compare.yaml"
 METHODS = sorted(path for path in COMPARE.parent.glob("*.yaml") if path != COMPARE)
 #: Pages that are followed by tests of their own.
 TUTORIAL, PLUGIN_PAGE = DOCS / "tutorial" / "from-zero.md", DOCS / "how-to" / "write-a-plugin.md"
+#: Those that are about finding a direction, and not about using it.
+FINDING = [path for path in METHODS if "\nfind:" in path.read_text(encoding="utf-8")]
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
 
 #: What the sandbox's copy of the quickstart asks for instead, so that a page takes seconds.
@@ -117,12 +119,16 @@ def test_every_recipe_is_here() -> None:
     ]
 
 
-@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.name)
-def test_every_method_runs_and_differs_from_the_others_in_one_line(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", FINDING, ids=lambda path: path.name)
+def test_every_way_of_finding_differs_from_the_others_in_one_line(path: Path) -> None:
     kept = re.compile("^(# |name:|find:)")
     assert [line for line in path.read_text(encoding="utf-8").splitlines() if not kept.match(line)] == [
-        line for line in METHODS[0].read_text(encoding="utf-8").splitlines() if not kept.match(line)
+        line for line in FINDING[0].read_text(encoding="utf-8").splitlines() if not kept.match(line)
     ]
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.name)
+def test_every_method_runs(path: Path, tmp_path: Path) -> None:
     registry = load_registry()
     changes = ["prompts.train=24", "prompts.validation=8", "prompts.test=8", "evaluate.max_new_tokens=4"]
     recipe = load_recipe(path, registry, changes)
@@ -131,15 +137,20 @@ def test_every_method_runs_and_differs_from_the_others_in_one_line(path: Path, t
 
 
 def test_every_strategy_that_needs_no_more_than_prompts_has_a_recipe(registry: Registry) -> None:
-    shown = {load_recipe(path, registry).find.strategy for path in METHODS}
+    shown = {load_recipe(path, registry).find.strategy for path in FINDING}
     assert shown == set(registry.strategies)
+
+
+def test_every_intervention_has_a_recipe(registry: Registry) -> None:
+    specs = [spec for path in METHODS for spec in load_recipe(path, registry).evaluate.interventions]
+    assert {name for spec in specs for name in spec.names} == set(registry.interventions)
 
 
 def test_the_comparison_asks_for_six_methods_and_a_control(registry: Registry) -> None:
     members = load_members(COMPARE, registry)
     assert len({member.recipe.find.strategy for member in members} - {"random", "shuffled"}) >= 6
     assert members[-1].recipe.find.strategy == "random"
-    assert COMPARE.read_text(encoding="utf-8").startswith(METHODS[0].read_text(encoding="utf-8").partition("\n")[0])
+    assert COMPARE.read_text(encoding="utf-8").startswith(FINDING[0].read_text(encoding="utf-8").partition("\n")[0])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

@@ -13,10 +13,11 @@ import transformers
 from refusalkit import algebra
 from refusalkit.adapter import Adapter, Write
 from refusalkit.builtin.adapters import ADAPTERS, GEMMA2, GEMMA4, GPT_NEOX, LLAMA, QWEN3_5
-from refusalkit.builtin.components import Affine, Clamp, MeanAblate
+from refusalkit.builtin.components import Affine, Angular, Clamp, MeanAblate
+from refusalkit.builtin.compositions import Combine, Conditional
 from refusalkit.builtin.cosmic import Cosmic
 from refusalkit.builtin.estimators import Pca, Som
-from refusalkit.builtin.interventions import Steer
+from refusalkit.builtin.interventions import Ablate, Orthogonalize, Steer
 from refusalkit.builtin.repair import Repair
 from refusalkit.builtin.selectors import Causal
 from refusalkit.builtin.separation import Separation
@@ -24,7 +25,7 @@ from refusalkit.builtin.strategies import FalseRefusal
 from refusalkit.checkpoint import open_checkpoint
 from refusalkit.engine.load import load_module
 from refusalkit.errors import InputError, RunError
-from refusalkit.intervention import Direction
+from refusalkit.intervention import Direction, InterventionSpec
 from refusalkit.recipe import ModelSection
 from refusalkit.registry import load_registry
 from refusalkit.selector import Selector
@@ -196,8 +197,23 @@ def test_setting_a_component_twice_is_setting_it_once_and_leaves_it_where_it_was
         torch.testing.assert_close(moved - (moved @ unit)[..., None] * unit, torch.zeros_like(x), atol=1e-4, rtol=0)
 
 
-def test_an_intervention_obeys_its_laws_with_other_options() -> None:
-    _assert_hold(check_intervention(Steer(scale=-2.0), random_engine("LlamaForCausalLM", LLAMA)))
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Steer(scale=-2.0, layers=(1, 3), where="last"),
+        Ablate(where="generated"),
+        Ablate(layers=(0, 1), steps=(0, 2)),
+        Angular(degrees=180, adaptive=True),
+        Orthogonalize(keep_norms=True),
+        Conditional(apply=Ablate(layers=(2, 3)), when="harmless", layer=1),
+        Conditional(apply=Combine(parts=(Clamp(value=3.0), Steer(scale=0.5)))),
+        Combine(parts=(MeanAblate(), Steer(scale=2.0))),
+        Combine(parts=(Conditional(), Clamp(layers=(3, 3)))),
+    ],
+    ids=lambda spec: spec.label,
+)
+def test_an_intervention_obeys_its_laws_with_other_options(spec: InterventionSpec) -> None:
+    _assert_hold(check_intervention(spec, random_engine("LlamaForCausalLM", LLAMA)))
 
 
 @pytest.mark.parametrize(

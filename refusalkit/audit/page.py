@@ -53,6 +53,7 @@ def _layers(found: Findings) -> Figure:
     """Draw the lowest refusal score that removing one direction leaves, by the layer of the direction."""
     rows = [
         {
+            "side": "harmful",
             "layer": each.layer,
             "score": each.row.refusal_score if each.row else None,
             "position": each.row.position if each.row else None,
@@ -70,7 +71,7 @@ def _layers(found: Findings) -> Figure:
         alt.Tooltip("kl:Q", title="KL in nats", format=".3f"),
     ]
     zero = alt.Chart(alt.InlineData([{"score": 0}])).mark_rule(style="reference").encode(y="score:Q")
-    colour = alt.Color(datum="harmful").scale(domain=list(SIDES), range="category").legend(None)
+    colour = alt.Color("side:N").scale(domain=list(SIDES), range="category").legend(None)
     dots = base.mark_point(filled=True, size=80, invalid="filter").encode(x=x, y=y, color=colour, tooltip=tips)
     return Figure(
         name="layers",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from refusalkit.engine.engine import Engine
 from refusalkit.engine.layout import resolve
 from refusalkit.engine.load import engine_of
 from refusalkit.errors import InputError
-from refusalkit.intervention import SITES, Direction, InterventionSpec
+from refusalkit.intervention import SITES, Direction, Edit, Intervention, InterventionSpec
 from refusalkit.metric import SIDES, Evidence, Metric, Side
 from refusalkit.prompt_source import PromptSource
 from refusalkit.prompt_split import SPLITS
@@ -65,8 +65,7 @@ def check_adapter(adapter: Adapter, module: Any, *, tokenizer: Any = None) -> tu
 
 def _direction(engine: Engine, seed: int = 0) -> Direction:
     vector = torch.randn(engine.d_model, generator=torch.Generator().manual_seed(seed))
-    shape, generator = (engine.n_layers, engine.d_model), torch.Generator().manual_seed(4)
-    harmless, harmful = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    harmful, harmless = torch.randn((2, engine.n_layers, engine.d_model), generator=torch.Generator().manual_seed(4))
     return Direction(vector, -1, engine.n_layers // 2, engine.n_layers, harmless=harmless, harmful=harmful)
 
 
@@ -190,24 +189,74 @@ def check_strategy(strategy: Strategy) -> tuple[Law, ...]:
 
 
 def check_intervention(spec: InterventionSpec, engine: Engine) -> tuple[Law, ...]:
-    """Check that an intervention acts, acts the same every time, and leaves the model as it was."""
+    """Check that an intervention acts, acts the same every time, and leaves the model as it was.
+
+    What sets a component does so once and for all, what adds a vector can be taken back, and a gate that is shut lets
+    nothing through. An intervention that acts on generated tokens alone has to leave the prompts' logits alone.
+    """
     prompts = random_prompts(3)
     plain = engine.logits(prompts)
     built = spec.build(_direction(engine))
-    if built.weights is not None:
-        with engine.edited_weights(built.weights):
-            changed = engine.logits(prompts)
-    else:
-        changed = engine.logits(prompts, built)
-    once_more = engine.logits(prompts, built) if built.weights is None else changed
+    if built.gate is not None:
+        built = replace(built, gate=replace(built.gate, threshold=-math.inf))
+
+    def run() -> Tensor:
+        if built.weights is None:
+            return engine.logits(prompts, built)
+        with engine.edited_weights(built.weights, built.keeps_norms):
+            return engine.logits(prompts)
+
+    changed, once_more = run(), run()
     acts = (changed - plain).abs().max().item()
+    later = bool(built.edits) and all((edit.tokens[0] or 0) > 0 for edit in built.edits)
     return (
         Law("it changes the logits", acts, 1e-6, at_least=True)
-        if spec.uses_direction
+        if spec.uses_direction and not later
         else Law("it leaves the logits alone", acts, 0.0),
         Law("the same run gives the same logits", (changed - once_more).abs().max().item(), 0.0),
         Law("the model is as it was", (engine.logits(prompts) - plain).abs().max().item(), 0.0),
         Law("the logits are finite", float((~changed.isfinite()).sum()), 0.0),
+        *_edits_obey_algebra(built, engine.d_model),
+        *_a_shut_gate_changes_nothing(built, engine, prompts),
+    )
+
+
+def _edits_obey_algebra(built: Intervention, d_model: int) -> tuple[Law, ...]:
+    x = torch.randn((3, 5, d_model), generator=torch.Generator().manual_seed(5))
+    twice, back = [0.0], [0.0]
+    for edit in built.edits:
+        once = algebra.edit(x, *edit.parts)
+        if edit.remove is None and edit.add is not None:
+            taken = algebra.edit(algebra.edit(x, add=edit.add), add=-edit.add)
+            back.append(((taken - x).norm() / x.norm()).item())
+        elif edit.remove is not None and _stays_inside(edit):
+            twice.append(((algebra.edit(once, *edit.parts) - once).norm() / once.norm()).item())
+    return (
+        Law("setting a component twice is setting it once", max(twice), 1e-5),
+        Law("what is added can be taken back", max(back), 1e-5),
+    )
+
+
+def _stays_inside(edit: Edit) -> bool:
+    """Say whether what an edit adds lies in what it removes, so that it sets a component and does no more."""
+    assert edit.remove is not None
+    basis = edit.remove.double()
+    added = [part.double() for part in (edit.add, edit.turn) if part is not None]
+    return all((part - part @ basis.T @ basis).norm() <= 1e-4 * part.norm() for part in added)
+
+
+def _a_shut_gate_changes_nothing(
+    built: Intervention, engine: Engine, prompts: Sequence[tuple[int, ...]]
+) -> tuple[Law, ...]:
+    if built.gate is None or not all(edit.gated for edit in built.edits):
+        return ()
+    shut = replace(built, gate=replace(built.gate, threshold=math.inf))
+    plain = engine.logits(prompts, replace(shut, edits=()))
+    moved = (engine.logits(prompts, shut) - plain).abs().max().item()
+    written = engine.generate(prompts, shut, 4) != engine.generate(prompts, None, 4)
+    return (
+        Law("a gate that is shut keeps every bit of the logits", moved, 0.0),
+        Law("a gate that is shut keeps every token", float(written), 0.0),
     )
 
 
