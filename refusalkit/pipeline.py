@@ -87,7 +87,7 @@ def execute(plan: Plan, out: Path, progress: Progress | None = None, until: str 
     )
     if "find" not in wanted:
         return
-    candidates = runner.stage(Candidates, lambda: find.find(recipe.find, activations))
+    candidates = runner.stage(Candidates, lambda: find.find(recipe.find, activations, splits, runner.bench))
     write_candidates(out, candidates, plan)
     if "select" not in wanted:
         return

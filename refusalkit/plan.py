@@ -231,7 +231,8 @@ def _keys(
             "template": template.digest(),
             "request": [request.harmful, request.harmless, request.positions, request.filter, request.openers],
         },
-        "capture": {"site": recipe.capture.site, "needs": recipe.find.needs},
+        # Means are captured for the model's strategies too, and shared with those that need no more.
+        "capture": {"site": recipe.capture.site, "needs": "samples" if recipe.find.needs == "samples" else "means"},
         "find": {"section": recipe.find.model_dump(mode="json"), "owner": owner("strategies", recipe.find.strategy)},
         "select": {
             "section": recipe.select.model_dump(mode="json"),
@@ -243,6 +244,10 @@ def _keys(
             + [owner("metrics", metric.metric) for metric in evaluate.metrics],
         },
     }
+    if recipe.find.needs == "model":
+        # What it makes of the model is our work as much as its owner's. The rest that decides its result (prompts,
+        # openers, template, model, dtype) is in the key of the stage before.
+        own["find"]["engine"] = refusalkit.__version__
     keys: dict[str, str] = {}
     parent = ""
     for stage in STAGES:

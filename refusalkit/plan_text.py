@@ -7,6 +7,7 @@ from typing import Any
 
 from refusalkit.checkpoint import Checkpoint
 from refusalkit.plan import SPLITS, Plan
+from refusalkit.recipe import Recipe
 from refusalkit.store import STAGES, Store
 from refusalkit.template import PINNED, ChatTemplate
 
@@ -33,10 +34,11 @@ def describe(plan: Plan, out: Path) -> str:
         *_template(plan.template),
         *[(side, _counts(plan, side)) for side in ("harmful", "harmless")],
         ("capture", f"{recipe.capture.site} at {len(plan.prompts.positions)} positions: {positions}"),
-        ("find", f"{recipe.find.strategy}: {plan.n_candidates} candidates"),
+        ("find", f"{recipe.find.strategy}: {_at_most(recipe)}{plan.n_candidates} candidates"),
         ("select", f"{recipe.select.selector}, {_options(recipe.select)}"),
         ("evaluate", ", ".join(spec.label for spec in recipe.evaluate.interventions)),
         ("", ", ".join(metric.metric for metric in recipe.evaluate.metrics)),
+        *_gradients(recipe),
         *[("forward" if number == 0 else "", text) for number, text in enumerate(_passes(plan))],
         ("out", str(out)),
         *_done(plan, out),
@@ -56,6 +58,17 @@ def _template(template: ChatTemplate) -> list[tuple[str, str]]:
     if template.is_dated:
         rows.append(("date", f"{PINNED:%d %b %Y}, whenever it runs"))
     return rows
+
+
+def _at_most(recipe: Recipe) -> str:
+    return "at most " if recipe.find.needs == "model" else ""
+
+
+def _gradients(recipe: Recipe) -> list[tuple[str, str]]:
+    """Name the stages that run backward passes."""
+    asked = {"find": recipe.find.needs_gradients, "select": recipe.select.needs_gradients}
+    stages = " and ".join(stage for stage, needed in asked.items() if needed)
+    return [("gradients", f"{stages}: through a model loaded here, which no shared server allows")] if stages else []
 
 
 def _options(section: Any) -> str:

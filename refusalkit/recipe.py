@@ -27,7 +27,7 @@ from refusalkit.intervention import InterventionSpec, Site
 from refusalkit.metric import Metric
 from refusalkit.registry import Registry
 from refusalkit.selector import Selector
-from refusalkit.strategy import Strategy
+from refusalkit.strategy import AnyStrategy
 
 Position = Literal["post_instruction", "instruction_end"] | Annotated[int, Field(lt=0)]
 #: Numbers are numbers here: YAML's `yes` is not 1.
@@ -155,7 +155,7 @@ class Recipe(Section):
     """Which prompts to use."""
     capture: CaptureSection = CaptureSection()
     """Where to read activations."""
-    find: Strategy
+    find: AnyStrategy
     """How to find directions: `strategy` and its options."""
     select: Selector
     """How to choose one of them: `selector` and its options."""

@@ -24,7 +24,7 @@ from refusalkit.intervention import InterventionSpec
 from refusalkit.metric import Metric
 from refusalkit.prompt_source import PromptSource
 from refusalkit.selector import Selector
-from refusalkit.strategy import Strategy
+from refusalkit.strategy import AnyStrategy, ModelStrategy, Strategy
 
 #: Set to a comma-separated list of distributions to load only those, or to nothing for a clean room.
 PLUGINS_VARIABLE = "REFUSALKIT_PLUGINS"
@@ -62,7 +62,7 @@ class Registry:
     """Hold everything installed, by kind and name."""
 
     adapters: Mapping[str, Adapter]
-    strategies: Mapping[str, type[Strategy]]
+    strategies: Mapping[str, type[AnyStrategy]]
     selectors: Mapping[str, type[Selector]]
     interventions: Mapping[str, type[InterventionSpec]]
     metrics: Mapping[str, type[Metric]]
@@ -139,12 +139,13 @@ def _listed(kind: str, values: Any) -> list[Any]:
 def _name(kind: str, value: Any) -> str:
     """Return the name of a provided thing; raises `InputError` for what could not be used under it."""
     expected, key = _KINDS[kind]
+    names = " or ".join(base.__name__ for base in expected)
     if key is None:
         if not isinstance(value, expected):
-            raise _not_allowed(kind, f"{value!r}, which is no {expected.__name__}")
+            raise _not_allowed(kind, f"{value!r}, which is no {names}")
         return str(value.scheme if isinstance(value, PromptSource) else value.name)
     if not (isinstance(value, type) and issubclass(value, expected)):
-        raise _not_allowed(kind, f"{value!r}, which is no subclass of {expected.__name__}")
+        raise _not_allowed(kind, f"{value!r}, which is no subclass of {names}")
     if inspect.isabstract(value):
         missing = [name for name in dir(value) if getattr(getattr(value, name), "__isabstractmethod__", False)]
         raise _not_allowed(kind, f"{value.__name__}, which does not define {', '.join(missing)}")
@@ -158,13 +159,13 @@ def _not_allowed(kind: str, what: str) -> InputError:
 
 
 #: What each hook returns: values of a class, or subclasses named by the default of a field.
-_KINDS: Mapping[str, tuple[type[Any], str | None]] = {
-    "refusalkit_adapters": (Adapter, None),
-    "refusalkit_strategies": (Strategy, "strategy"),
-    "refusalkit_selectors": (Selector, "selector"),
-    "refusalkit_interventions": (InterventionSpec, "intervention"),
-    "refusalkit_metrics": (Metric, "metric"),
-    "refusalkit_prompt_sources": (PromptSource, None),
+_KINDS: Mapping[str, tuple[tuple[type[Any], ...], str | None]] = {
+    "refusalkit_adapters": ((Adapter,), None),
+    "refusalkit_strategies": ((Strategy, ModelStrategy), "strategy"),
+    "refusalkit_selectors": ((Selector,), "selector"),
+    "refusalkit_interventions": ((InterventionSpec,), "intervention"),
+    "refusalkit_metrics": ((Metric,), "metric"),
+    "refusalkit_prompt_sources": ((PromptSource,), None),
 }
 
 

@@ -12,7 +12,7 @@ from refusalkit.stages.bench import Bench
 
 
 def capture(
-    section: CaptureSection, splits: PromptSplits, needs: Literal["means", "samples"], bench: Bench
+    section: CaptureSection, splits: PromptSplits, needs: Literal["means", "samples", "model"], bench: Bench
 ) -> Activations:
     """Capture both sides at the positions of `splits`; raises `RunError` where activations are not numbers."""
     sides: tuple[Side, Side] = ("harmful", "harmless")
