@@ -1,6 +1,14 @@
 """Help plugin authors test what they provide: tiny random models and the laws that built-ins obey too."""
 
-from refusalkit.testing.laws import Law, check_adapter, check_intervention, check_metric, check_selector, check_strategy
+from refusalkit.testing.laws import (
+    Law,
+    check_adapter,
+    check_intervention,
+    check_metric,
+    check_model_strategy,
+    check_selector,
+    check_strategy,
+)
 from refusalkit.testing.models import random_engine, random_model, tiny_tokenizer
 
 __all__ = [
@@ -8,6 +16,7 @@ __all__ = [
     "check_adapter",
     "check_intervention",
     "check_metric",
+    "check_model_strategy",
     "check_selector",
     "check_strategy",
     "random_engine",

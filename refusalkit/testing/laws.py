@@ -14,12 +14,13 @@ from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.builtin.interventions import ablate_everywhere
 from refusalkit.engine.engine import Engine
+from refusalkit.engine.gradients import Differentiable
 from refusalkit.engine.layout import resolve
 from refusalkit.engine.load import engine_of
 from refusalkit.intervention import SITES, Direction, InterventionSpec
 from refusalkit.metric import Evidence, Metric
 from refusalkit.selector import SelectInputs, Selector
-from refusalkit.strategy import Captured, Strategy
+from refusalkit.strategy import Captured, FindInputs, ModelStrategy, Strategy
 from refusalkit.testing.models import random_prompts, tiny_tokenizer
 
 
@@ -163,6 +164,30 @@ def check_strategy(strategy: Strategy, *, finds: bool = True) -> tuple[Law, ...]
         Law("the inputs are not changed", mutated, 0.0),
         Law("the same inputs give the same result", (found - again).abs().max().item(), 0.0),
         recovers if finds else Law("a control does not find the direction (cosine)", cosine, 0.6),
+    )
+
+
+def check_model_strategy(strategy: ModelStrategy, engine: Engine) -> tuple[Law, ...]:
+    """Check that a strategy that runs the model returns directions, repeats itself and leaves the model alone."""
+    sides = [random_prompts(6, seed=seed) for seed in (1, 2)]
+    captured = [Captured(engine.capture(prompts, (-2, -1)).mean, len(prompts), prompts=prompts) for prompts in sides]
+    before = [side.mean.clone() for side in captured]
+    plain = engine.logits(sides[0])
+    inputs = FindInputs(*captured, (-2, -1), "resid_pre", opener_ids=(5, 6), text=engine.model.tokenizer.decode)
+    found = strategy.find(inputs, Differentiable(engine))
+    again = strategy.find(inputs, Differentiable(engine))
+    expected = (2, engine.n_layers, engine.d_model)
+    mutated = max((side.mean - mean).abs().max().item() for side, mean in zip(captured, before, strict=True))
+    changed = (engine.logits(sides[0]) - plain).abs().max().item()
+    trainable = sum(weight.requires_grad or weight.grad is not None for weight in engine.module.parameters())
+    return (
+        Law("shape is [position, layer, (rank,) d_model]", float((*found.shape[:2], found.shape[-1]) != expected), 0.0),
+        Law("every number is finite", float((~found.isfinite()).sum()), 0.0),
+        Law("something is found", found.norm().item(), 1e-6, at_least=True),
+        Law("the inputs are not changed", mutated, 0.0),
+        Law("the same inputs give the same result", (found - again).abs().max().item(), 0.0),
+        Law("the model is as it was", changed, 0.0),
+        Law("no weight takes a gradient", float(trainable), 0.0),
     )
 
 
