@@ -15,6 +15,18 @@ SCORE_EPSILON = 1e-8
 #: Stands inside both logarithms of the KL, as in the authors' code, so that scores are comparable with theirs.
 KL_EPSILON = 1e-6
 
+#: What a module returns or is given: a hidden state, alone or before other things.
+Output = Tensor | tuple[Tensor, ...]
+#: The first and the last position, counted from the last column of the first pass, which is 0; None is open. A number,
+#: or one a prompt [prompt, 1].
+Span = tuple[int | Tensor | None, int | Tensor | None]
+#: (what `edit` takes beside the hidden state, where, whether only for prompts that the gate lets through)
+Change = tuple[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None], Span | None, bool]
+#: (vector [d_model] or [prompt, d_model], threshold, position as in `Span`: a number or [prompt])
+Gate = tuple[Tensor, float | Tensor, int | Tensor]
+#: (how many prompts, how many decode steps went before, what the gate decided [prompt], if it did)
+Seen = tuple[int, int, list[Tensor]]
+
 
 def unit(vector: Tensor) -> Tensor:
     """Scale `vector` [..., d_model] to length one; a zero vector stays zero."""
@@ -43,25 +55,37 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def edit(x: Tensor, remove: Tensor | None, add: Tensor | None) -> Tensor:
-    """Remove the subspace `remove` from `x` and then add `add`; the result has the dtype of `x`.
+def edit(
+    x: Tensor,
+    remove: Tensor | None = None,
+    add: Tensor | None = None,
+    turn: Tensor | None = None,
+    along: Tensor | None = None,
+) -> Tensor:
+    """Return `x - P x + |P x| turn + add`, with P the projection on `remove`, in the dtype of `x`.
 
-    x [prompt, position, d_model], or [prompt * position, d_model] as experts return it; remove [rank, d_model] or
-    [prompt, rank, d_model], rows orthonormal; add [d_model] or [prompt, 1, d_model].
+    x [prompt, position, d_model]; remove [rank, d_model] or [prompt, rank, d_model], rows orthonormal; the others
+    [d_model] or [prompt, 1, d_model]. With a unit vector of the removed plane, `turn` is a rotation in it. Positions
+    whose component along `along` is not positive stay as they are.
     """
     wide = widen(x)
-    if x.ndim == 2:
-        prompts = [tensor.shape[0] for tensor in (remove, add) if tensor is not None and tensor.ndim == 3]
-        wide = wide.reshape(*prompts[:1], -1, x.shape[-1])
+    edited = wide
     if remove is not None:
         basis = remove.to(device=wide.device, dtype=wide.dtype)
-        wide = wide - (wide @ basis.transpose(-1, -2)) @ basis
+        components = wide @ basis.transpose(-1, -2)
+        edited = edited - components @ basis
+        if turn is not None:
+            length = torch.linalg.vector_norm(components, dim=-1, keepdim=True)
+            edited = edited + length * turn.to(device=wide.device, dtype=wide.dtype)
     if add is not None:
-        wide = wide + add.to(device=wide.device, dtype=wide.dtype)
-    return wide.to(x.dtype).reshape(x.shape)
+        edited = edited + add.to(device=wide.device, dtype=wide.dtype)
+    if along is not None:
+        ahead = (wide * along.to(device=wide.device, dtype=wide.dtype)).sum(-1, keepdim=True) > 0
+        edited = edited.where(ahead, wide)
+    return edited.to(x.dtype)
 
 
-def hidden(output: Tensor | tuple[Tensor, ...], prompts: int) -> Tensor:
+def hidden(output: Output, prompts: int) -> Tensor:
     """Return the hidden state [prompt, position, d_model] of a module's output.
 
     Some modules wrap it in a tuple, and some with experts return it flat, as [prompt * position, d_model].
@@ -70,13 +94,45 @@ def hidden(output: Tensor | tuple[Tensor, ...], prompts: int) -> Tensor:
     return state if state.ndim == 3 else state.reshape(prompts, -1, state.shape[-1])
 
 
-def edit_output(
-    output: Tensor | tuple[Tensor, ...], remove: Tensor | None, add: Tensor | None
-) -> Tensor | tuple[Tensor, ...]:
-    """Apply `edit` to a module's output and keep whatever else the module returns beside the hidden state."""
-    if isinstance(output, tuple):
-        return (edit(output[0], remove, add), *output[1:])
-    return edit(output, remove, add)
+def apply(output: Output, change: Change, seen: Seen) -> Output:
+    """Change a module's output, or input, where the change reaches, and keep what it returns beside the hidden state.
+
+    Rows and positions that are not reached keep every bit.
+    """
+    prompts, step, decided = seen
+    edits, span, gated = change
+    original = output[0] if isinstance(output, tuple) else output
+    state = hidden(output, prompts)
+    edited = edit(state, *edits)
+    if span is not None:
+        edited = edited.where(within(span, state, step), state)
+    if gated:
+        edited = edited.where(decided[0].to(state.device)[:, None, None], state)
+    edited = edited.reshape(original.shape)
+    return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+
+def within(span: Span, state: Tensor, step: int) -> Tensor:
+    """Say which positions of `state` [prompt, position, d_model] lie in a span: [1 or prompt, position, 1]."""
+    columns = torch.arange(1 - state.shape[1], 1, device=state.device)[None] + step
+    first, last = span
+    reached = torch.ones_like(columns, dtype=torch.bool)
+    if first is not None:
+        reached = reached & (columns >= torch.as_tensor(first, device=state.device))
+    if last is not None:
+        reached = reached & (columns <= torch.as_tensor(last, device=state.device))
+    return reached[..., None]
+
+
+def decide(output: Output, gate: Gate, prompts: int) -> Tensor:
+    """Say of which prompts the component along the gate's vector is at least its threshold: [prompt]."""
+    vector, threshold, column = gate
+    state = hidden(output, prompts)
+    rows = torch.arange(prompts, device=state.device)
+    columns = torch.as_tensor(column, device=state.device) - 1
+    read = widen(state[rows, columns.expand(prompts)])
+    onto = vector.to(device=read.device, dtype=read.dtype)
+    return (read * onto).sum(-1) >= torch.as_tensor(threshold, device=read.device)
 
 
 def refusal_score(logits: Tensor, token_ids: Tensor) -> Tensor:
@@ -85,7 +141,11 @@ def refusal_score(logits: Tensor, token_ids: Tensor) -> Tensor:
     `log(P + eps) - log(1 - P + eps)` with P the total probability of `token_ids` (Arditi et al. 2024, section 3.2).
     Computed in float64.
     """
-    probability = logits.double().softmax(-1)[:, token_ids.to(logits.device)].sum(-1)
+    return log_odds(logits.double().softmax(-1)[:, token_ids.to(logits.device)].sum(-1))
+
+
+def log_odds(probability: Tensor) -> Tensor:
+    """Return the log-odds, in nats, of probabilities, as the refusal score bounds them."""
     return (probability + SCORE_EPSILON).log() - (1 - probability + SCORE_EPSILON).log()
 
 
@@ -120,10 +180,15 @@ def completion_loss(logits: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
     return -(picked * mask[:, 1:].to(logits.device)).sum(-1)
 
 
-def orthogonalize(weight: Tensor, basis: Tensor, axis: int) -> Tensor:
+def orthogonalize(weight: Tensor, basis: Tensor, axis: int, keep_norms: bool = False) -> Tensor:
     """Remove `basis` [rank, d_model] from what `weight` writes along `axis`, the one of length d_model.
 
-    Computed in float32 or wider and returned in the dtype of `weight` (Arditi et al. 2024, section 4.1).
+    With `keep_norms` every vector along that axis gets its length back, unless nothing of it is left. Computed in
+    float32 or wider and returned in the dtype of `weight` (Arditi et al. 2024, section 4.1).
     """
-    moved = weight.movedim(axis, -1)
-    return edit(moved, basis, None).movedim(-1, axis).contiguous()
+    moved = widen(weight.movedim(axis, -1))
+    projected = edit(moved, basis)
+    if keep_norms:
+        # Lengthening a short rest would also lengthen what rounding has left along the basis.
+        projected = edit(unit(projected), basis) * torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
+    return projected.to(weight.dtype).movedim(-1, axis).contiguous()

@@ -209,6 +209,8 @@ class WeightEdit(Frozen):
     max_logit_gap: float
     """Largest difference of last-position logits to activation ablation over the test prompts, over the standard
     deviation of the logits."""
+    plain_logit_gap: float | None = None
+    """The same to the plain weight edit, where this one keeps norms."""
 
 
 class Evaluation(Artifact):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Side = Literal["harmful", "harmless"]
-Need = Literal["completions", "logits", "losses"]
+Need = Literal["completions", "scores", "logits", "losses"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +25,12 @@ class Evidence:
     """Token ids that open a refusal."""
     completions: tuple[str, ...] = ()
     """One greedy completion a prompt."""
+    refusal_scores: Tensor | None = None
+    """[prompt] float64, nats, at the last prompt position; with `kl_nats` what a metric gets that needs `scores`."""
+    kl_nats: Tensor | None = None
+    """[prompt] float64: KL(unmodified || modified) there."""
     logits: Tensor | None = None
-    """[prompt, d_vocab] at the last prompt position."""
+    """[prompt, d_vocab] at the last prompt position. Prefer `scores`: from a server, logits are a large download."""
     baseline_logits: Tensor | None = None
     """The same of the unmodified model."""
     losses: Tensor | None = None

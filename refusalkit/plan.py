@@ -71,6 +71,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
     checkpoint = open_checkpoint(recipe.model, registry)
     _check_quantized(recipe)
     template = _template(recipe, checkpoint)
+    _check_interventions(recipe, checkpoint, template)
     wanted = recipe.capture.positions
     if recipe.select.openers != "auto":
         _check_openers(recipe.select.openers, template)
@@ -131,6 +132,17 @@ def _check_quantized(recipe: Recipe) -> None:
             where="evaluate.interventions",
             hint="leave it out, or load the model with `quantize: none`",
         )
+
+
+def _check_interventions(recipe: Recipe, checkpoint: Checkpoint, template: ChatTemplate) -> None:
+    for spec in recipe.evaluate.interventions:
+        spec.check(checkpoint.n_layers)
+        if spec.gated and template.thinking.on and template.thinks:
+            raise InputError(
+                "its gate is read where the answer starts, and completions start with a thought",
+                where=f"evaluate.interventions: {spec.label}",
+                hint="leave `prompts.thinking` out",
+            )
 
 
 def _check_openers(openers: tuple[str | int, ...], template: ChatTemplate) -> None:
@@ -240,7 +252,7 @@ def _keys(
         },
         "evaluate": {
             "section": evaluate.model_dump(mode="json", serialize_as_any=True),
-            "owners": [owner("interventions", spec.intervention) for spec in evaluate.interventions]
+            "owners": [owner("interventions", name) for spec in evaluate.interventions for name in spec.names]
             + [owner("metrics", metric.metric) for metric in evaluate.metrics],
         },
     }

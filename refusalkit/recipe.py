@@ -8,9 +8,9 @@ JSON schema and every error message) from the registry. Nothing here imports tor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import or_
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -22,6 +22,7 @@ from pydantic import (
     create_model,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 
 from refusalkit.intervention import InterventionSpec, Site
 from refusalkit.metric import Metric
@@ -176,7 +177,7 @@ def recipe_type(registry: Registry) -> type[Recipe]:
     """
     strategy = _choice(registry.strategies, "strategy", default="difference_in_means")
     selector = _choice(registry.selectors, "selector", default="causal")
-    intervention = _choice(registry.interventions, "intervention")
+    intervention = _choice(_with_parts(registry.interventions), "intervention")
     metric = _choice(registry.metrics, "metric")
     evaluate = create_model(
         "EvaluateSection",
@@ -219,6 +220,35 @@ def _choice(providers: Mapping[str, type[BaseModel]], key: str, default: str | N
     return Annotated[tagged, BeforeValidator(_expand(key, default)), WithJsonSchema(mapping)]
 
 
+def _with_parts(providers: Mapping[str, type[InterventionSpec]]) -> Mapping[str, type[InterventionSpec]]:
+    """Let interventions that hold others choose them from what is installed, two levels deep."""
+    found: Mapping[str, type[InterventionSpec]] = {name: kind for name, kind in providers.items() if not _holders(kind)}
+    for _ in range(2):
+        part = _choice(found, "intervention")
+        found = {name: _holding(part, kind) for name, kind in providers.items()}
+    return found
+
+
+def _holding(part: Any, provider: type[InterventionSpec]) -> type[InterventionSpec]:
+    holders = _holders(provider)
+    if not holders:
+        return provider
+    # A field that is one of them takes its discriminator from `part` alone; a list has its own bounds to keep.
+    fields: dict[str, Any] = {
+        key: (tuple[part, ...], field)
+        if get_origin(field.annotation) is tuple
+        else (part, Field(field.default, description=field.description))
+        for key, field in holders.items()
+    }
+    return create_model(provider.__name__, __base__=provider, __doc__=provider.__doc__, **fields)
+
+
+def _holders(provider: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return the fields of a provider that hold interventions."""
+    fields = provider.model_fields.items()
+    return {key: field for key, field in fields if InterventionSpec in (field.annotation, *get_args(field.annotation))}
+
+
 def _expand(key: str, default: str | None) -> Callable[[Any], Any]:
     """Turn a bare name into a mapping and fill in the default name, so that one spelling reaches validation."""
 
@@ -232,6 +262,7 @@ def _expand(key: str, default: str | None) -> Callable[[Any], Any]:
     return expand
 
 
+@lru_cache(maxsize=128)
 def _schema_of(provider: type[BaseModel]) -> dict[str, Any]:
     schema = provider.model_json_schema()
     schema.pop("$defs", None)
@@ -241,4 +272,28 @@ def _schema_of(provider: type[BaseModel]) -> dict[str, Any]:
 def json_schema(registry: Registry) -> dict[str, Any]:
     """Return the JSON schema of recipes, installed plugins included, for editors and other tools."""
     schema = recipe_type(registry).model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    definitions: dict[str, Any] = {}
+    # Pydantic's own first, so that none of their names is taken.
+    for name, section in schema.pop("$defs").items():
+        definitions[name] = _referring(section, definitions)
+    rest = _referring(schema, definitions)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$defs": definitions, **rest}
+
+
+def _referring(schema: Any, definitions: dict[str, Any]) -> Any:
+    """Move every choice inside a schema to `definitions`, where those that stand in several places stand once."""
+    if isinstance(schema, list):
+        return [_defined(item, definitions) for item in schema]
+    if isinstance(schema, dict):
+        return {key: _defined(value, definitions) for key, value in schema.items()}
+    return schema
+
+
+def _defined(schema: Any, definitions: dict[str, Any]) -> Any:
+    made = _referring(schema, definitions)
+    if not (isinstance(made, dict) and "title" in made and "properties" in made):
+        return made
+    name = made["title"]
+    while definitions.setdefault(name, made) != made:
+        name += "_"
+    return {"$ref": f"#/$defs/{name}"}

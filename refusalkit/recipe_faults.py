@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from refusalkit.errors import InputError, nearest
+from refusalkit.intervention import InterventionSpec
 from refusalkit.recipe import EvaluateSection, Recipe
 from refusalkit.registry import Registry
 
@@ -138,6 +140,8 @@ def explain(fault: Fault, made: type[Recipe], registry: Registry) -> tuple[KeyPa
 def _missing(fault: Fault) -> InputError:
     name = fault.keys[-1]
     section = fault.keys[-2] if len(fault.keys) > 1 else None
+    if isinstance(fault.parent, str) and isinstance(section, int):
+        return InputError(f"{name!r} is missing", hint=f"write {fault.parent} as keys and values, with `{name}:`")
     if isinstance(fault.parent, str):
         return InputError(f"{name!r} is missing", hint=f"give {fault.parent} its options: a mapping below `{section}:`")
     return InputError(f"{name!r} is missing", hint=f"add `{name}:`" + (f" below `{section}:`" if section else ""))
@@ -159,6 +163,9 @@ def _unfit(fault: Fault, place: Place) -> InputError:
         message = f"cannot be {described(value)}"
     elif kind in _EXPECTED:
         message = f"should be {_EXPECTED[kind]}, not {described(value)}"
+    elif kind in ("too_short", "too_long"):
+        most, length = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
+        message = f"should list {most} {item['ctx'][length]}, not {item['ctx']['actual_length']}"
     elif kind == "value_error":
         message = str(item["ctx"]["error"])
     else:
@@ -174,6 +181,9 @@ def _how(fault: Fault, place: Place) -> str:
     names = [name for text in literals for name in text.split("'")[1::2]]
     if isinstance(value, str) and (close := nearest(value, names)).startswith("did you mean"):
         return close
+    if kinds == {"value_error"} and isinstance(fault.keys[-1], int):
+        # Of one thing in a list, what it is for says more than what the list is for.
+        return " ".join((inspect.getdoc(place.model) or "").partition("\n\n")[0].split())
     if place.names:
         return f"one of: {', '.join(place.names)}"
     if kinds & {"model_type", "model_attributes_type"} and len(kinds) == 1:
@@ -202,9 +212,12 @@ def _place(made: type[Recipe], registry: Registry, keys: KeyPath) -> Place:
             model, providers = providers[key], {}
         elif key in model.model_fields:
             field = model.model_fields[key]
+            inner = _model_in(field.annotation)
             if key in named and issubclass(model, Recipe | EvaluateSection):
                 providers = named[key]
-            model = _model_in(field.annotation) or model
+            elif inner is not None and issubclass(inner, InterventionSpec):
+                providers = registry.interventions
+            model = inner or model
     return Place(model, field, list(providers))
 
 

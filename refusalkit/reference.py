@@ -148,6 +148,8 @@ def _type(annotation: Any, metadata: typing.Sequence[Any] = (), key: str = "") -
         text = f"list of {_type(arguments[0])}"
     elif origin is dict:
         text = "keys and values"
+    elif isinstance(annotation, type) and issubclass(annotation, InterventionSpec):
+        text = "intervention"
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         text = "keys, see below"
     else:

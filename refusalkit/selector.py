@@ -28,7 +28,7 @@ class Measure:
     token_ids: tuple[int, ...] = ()
     """The refusal openers, for `refusal_score`."""
     reference: Tensor | None = None
-    """Logits [prompt, d_vocab] of the unmodified model, for `kl_nats`."""
+    """Logits [prompt, d_vocab] to compare with, for `kl_nats`; None for the unmodified model's."""
     stop_above: float | None = None
     """Give up on an intervention once its mean over all prompts cannot come back to this value."""
 

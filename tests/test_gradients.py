@@ -11,7 +11,8 @@ from torch import Tensor
 
 from refusalkit import algebra
 from refusalkit.builtin.adapters import GEMMA2, GPT2, LLAMA
-from refusalkit.builtin.interventions import Ablate, Affine, Steer
+from refusalkit.builtin.components import Affine
+from refusalkit.builtin.interventions import Ablate, Steer
 from refusalkit.engine.engine import Engine
 from refusalkit.engine.gradients import Differentiable
 from refusalkit.intervention import NOTHING, Direction, Intervention, InterventionSpec

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from refusalkit.builtin.adapters import ADAPTERS
 from refusalkit.builtin.arditi import ARDITI
+from refusalkit.builtin.components import COMPONENTS
+from refusalkit.builtin.compositions import COMPOSITIONS
 from refusalkit.builtin.estimators import ESTIMATORS
 from refusalkit.builtin.interventions import INTERVENTIONS
 from refusalkit.builtin.metrics import METRICS
@@ -41,7 +43,7 @@ def refusalkit_selectors() -> Sequence[type[Selector]]:
 
 @hookimpl
 def refusalkit_interventions() -> Sequence[type[InterventionSpec]]:
-    return INTERVENTIONS
+    return (*INTERVENTIONS, *COMPONENTS, *COMPOSITIONS)
 
 
 @hookimpl

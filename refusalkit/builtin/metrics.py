@@ -42,15 +42,11 @@ class RefusalScore(Metric):
     metric: Literal["refusal_score"] = "refusal_score"
     kind = "mean"
     unit = "nats"
-    needs = "logits"
+    needs = "scores"
 
     def measure(self, evidence: Evidence) -> Values:
-        import torch
-
-        from refusalkit import algebra
-
-        assert evidence.logits is not None
-        return Values(tuple(algebra.refusal_score(evidence.logits, torch.tensor(evidence.opener_ids)).tolist()))
+        assert evidence.refusal_scores is not None
+        return Values(tuple(evidence.refusal_scores.tolist()))
 
 
 class KL(Metric):
@@ -59,15 +55,12 @@ class KL(Metric):
     metric: Literal["kl"] = "kl"
     kind = "mean"
     unit = "nats"
-    needs = "logits"
+    needs = "scores"
     sides = ("harmless",)
 
     def measure(self, evidence: Evidence) -> Values:
-        from refusalkit import algebra
-
-        assert evidence.logits is not None
-        assert evidence.baseline_logits is not None
-        return Values(tuple(algebra.kl_nats(evidence.baseline_logits, evidence.logits).tolist()))
+        assert evidence.kl_nats is not None
+        return Values(tuple(evidence.kl_nats.tolist()))
 
 
 class CrossEntropy(Metric):

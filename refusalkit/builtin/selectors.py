@@ -98,15 +98,14 @@ class Causal(Selector):
             table.induced[candidate] = scores.mean().item()
         self._drop(table, "induced", everything)
         limit = None if self.exhaustive else self.max_kl_nats
-        reference = subject.logits(inputs.harmless)
-        kl = Measure("kl_nats", reference=reference, stop_above=limit)
+        kl = Measure("kl_nats", stop_above=limit)
         for candidate, scores in _measured(
             self._unscored(table, everything, table.kl), inputs, subject, kl, "KL under ablation"
         ):
             table.kl[candidate] = scores.mean().item() if not torch.isnan(scores).any() else float("inf")
         self._drop(table, "kl", everything)
         if all(candidate in table.fell for candidate in everything):
-            self._finish_kl(table, inputs, subject, reference)
+            self._finish_kl(table, inputs, subject)
         for candidate, scores in _measured(
             self._unscored(table, everything, table.bypass), inputs, subject, openers, "bypass score"
         ):
@@ -160,11 +159,10 @@ class Causal(Selector):
             elif which == "kl" and score > self.max_kl_nats:
                 table.fell[candidate] = f"KL above {self.max_kl_nats:g} nats"
 
-    def _finish_kl(self, table: Table, inputs: SelectInputs, subject: Subject, reference: Tensor) -> None:
+    def _finish_kl(self, table: Table, inputs: SelectInputs, subject: Subject) -> None:
         """Measure to the end what was given up, so that the nearest miss can be named with its number."""
         given_up = [candidate for candidate, score in table.kl.items() if score == float("inf")]
-        whole = Measure("kl_nats", reference=reference)
-        for candidate, scores in _measured(given_up, inputs, subject, whole, "KL under ablation"):
+        for candidate, scores in _measured(given_up, inputs, subject, Measure("kl_nats"), "KL under ablation"):
             table.kl[candidate] = scores.mean().item()
 
     def _decide(self, table: Table, everything: Sequence[Candidate], baseline: tuple[float, float]) -> Selection:
@@ -270,12 +268,11 @@ class Fixed(Selector):
         harmful = subject.measure(inputs.harmful, [NOTHING], openers)[0].mean().item()
         harmless = subject.measure(inputs.harmless, [NOTHING], openers)[0].mean().item()
         chosen = Candidate(inputs.positions.index(self.position), self.layer, self.position)
-        reference = subject.logits(inputs.harmless)
         found = {
             what: _measured([chosen], inputs, subject, measure, what)[0][1].mean().item()
             for what, measure in (
                 ("induced score", openers),
-                ("KL under ablation", Measure("kl_nats", reference=reference)),
+                ("KL under ablation", Measure("kl_nats")),
                 ("bypass score", openers),
             )
         }

@@ -39,6 +39,14 @@ class Batch:
             "position_ids": self.position_ids.repeat(times, 1),
         }
 
+    def part(self, rows: slice) -> Batch:
+        """Return some of the prompts, without the columns that are padding in all of them."""
+        prefix = self.attention_mask.shape[1] - self.input_ids.shape[1]
+        own = self.attention_mask[rows, prefix:]
+        width = int(own.sum(-1).max())
+        mask = torch.cat([self.attention_mask[rows, :prefix], own[:, -width:]], dim=1)
+        return Batch(self.indices[rows], self.input_ids[rows, -width:], mask, self.position_ids[rows, -width:])
+
 
 def shared_prefix(prompts: Sequence[Tokens], keep: int) -> Tokens:
     """Return the tokens that all prompts begin with, leaving at least `keep` tokens of the shortest."""
@@ -57,6 +65,18 @@ def chunks(lengths: Sequence[int], size: int) -> list[tuple[int, ...]]:
     batches that fit."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [tuple(order[start : start + size]) for start in range(0, len(order), size)]
+
+
+def halved(groups: Sequence[tuple[int, ...]], size: int) -> list[tuple[int, ...]]:
+    """Split groups further, in their order, into groups of at most `size`."""
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
+def prefix_inputs(prefix: Tokens, rows: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the model's inputs for `rows` passes over the shared front."""
+    ids = torch.tensor([prefix], device=device).repeat(rows, 1)
+    positions = torch.arange(len(prefix), device=device)[None].repeat(rows, 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
 
 
 def batch(prompts: Sequence[Tokens], indices: Sequence[int], prefix: int, pad_id: int, device: torch.device) -> Batch:

@@ -6,7 +6,9 @@ of the model and plain values, calls `algebra` alone, touches modules in forward
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import nnsight
@@ -21,6 +23,25 @@ Inputs = Mapping[str, Tensor]
 Objective = tuple[bool, Tensor]
 
 
+def walk(model: Any, program: Program, seen: algebra.Seen) -> Iterator[Tensor]:
+    """Take the steps of `program` inside a trace and yield what it keeps: hidden states [row, position, d_model]."""
+    prompts, step, decided = seen
+    for path, at_input, gate, change in program:
+        # A gate is read in the first pass; its decision holds for the completion.
+        if gate is not None and step:
+            continue
+        module = model.get(path)
+        value = module.input if at_input else module.output
+        if gate is not None:
+            decided.append(algebra.decide(value, gate, prompts))
+        elif change is None:
+            yield algebra.hidden(value, prompts)
+        elif at_input:
+            module.input = algebra.apply(value, change, seen)
+        else:
+            module.output = algebra.apply(value, change, seen)
+
+
 def last_logits(
     model: Any, inputs: Inputs, program: Program, options: Mapping[str, Any], skip: tuple[Sequence[str], Tensor | None]
 ) -> Tensor:
@@ -29,15 +50,11 @@ def last_logits(
     `skip` names the blocks that do not run, and what the next block gets in their place [row, position, d_model].
     """
     skipped, resid = skip
+    prompts = len(inputs["input_ids"])
     with torch.no_grad(), model.trace(inputs, **options):
         for path in skipped:
             model.get(path).skip(resid)
-        for path, at_input, remove, add, _ in program:
-            module = model.get(path)
-            if at_input:
-                module.input = algebra.edit(module.input, remove, add)
-            else:
-                module.output = algebra.edit_output(module.output, remove, add)
+        list(walk(model, program, (prompts, 0, [])))
         logits = nnsight.save(model.output.logits[:, -1])
     return logits  # type: ignore[no-any-return]
 
@@ -52,18 +69,7 @@ def read(
     index = slice(None) if positions is None else list(positions)
     prompts = len(inputs["input_ids"])
     with torch.no_grad(), model.trace(inputs, **options) as tracer:
-        found = nnsight.save([])
-        for path, at_input, remove, add, keep in program:
-            module = model.get(path)
-            value = module.input if at_input else module.output
-            if remove is not None or add is not None:
-                value = algebra.edit_output(value, remove, add)
-                if at_input:
-                    module.input = value
-                else:
-                    module.output = value
-            if keep:
-                found.append(algebra.hidden(value, prompts)[:, index])
+        found = nnsight.save([state[:, index] for state in walk(model, program, (prompts, 0, []))])
         tracer.stop()
     return found  # type: ignore[no-any-return]
 
@@ -75,18 +81,8 @@ def read_sums(
     index = list(positions)
     prompts = len(inputs["input_ids"])
     with torch.no_grad(), model.trace(inputs, **options) as tracer:
-        rows = []
-        for path, at_input, remove, add, keep in program:
-            module = model.get(path)
-            value = module.input if at_input else module.output
-            if remove is not None or add is not None:
-                value = algebra.edit_output(value, remove, add)
-                if at_input:
-                    module.input = value
-                else:
-                    module.output = value
-            if keep:
-                rows.append(algebra.hidden(value, prompts)[:, index].double().sum(0).cpu())
+        states = walk(model, program, (prompts, 0, []))
+        rows = [state[:, index].double().sum(0).cpu() for state in states]
         total = nnsight.save(torch.stack(rows, 1))
         tracer.stop()
     return total  # type: ignore[no-any-return]
@@ -103,7 +99,7 @@ def gradients(
     prompts = len(inputs["input_ids"])
     with torch.enable_grad(), model.trace(inputs, **options):
         kept: list[Tensor] = []
-        for path, at_input, _, _, _ in program:
+        for path, at_input, _, _ in program:
             module = model.get(path)
             value = module.input if at_input else module.output
             # Gradients are those of the tensor that goes on, so it takes its shape afterwards.
@@ -128,28 +124,21 @@ def completion_losses(
 ) -> Tensor:
     """Return the summed cross-entropy [row] of the target tokens that the mask marks (token_ids, mask)."""
     token_ids, mask = targets
+    prompts = len(inputs["input_ids"])
     with torch.no_grad(), model.trace(inputs, **options):
-        for path, at_input, remove, add, _ in program:
-            module = model.get(path)
-            if at_input:
-                module.input = algebra.edit(module.input, remove, add)
-            else:
-                module.output = algebra.edit_output(module.output, remove, add)
+        list(walk(model, program, (prompts, 0, [])))
         losses = nnsight.save(algebra.completion_loss(model.output.logits, token_ids, mask))
     return losses  # type: ignore[no-any-return]
 
 
 def generate(model: Any, inputs: Inputs, program: Program, options: Mapping[str, Any]) -> Tensor:
     """Return greedy completions with their prompts [row, position] under `program` at every step."""
-    with torch.no_grad(), model.generate(**options) as tracer:
+    prompts = len(inputs["input_ids"])
+    with _one_step_too_many(), torch.no_grad(), model.generate(**options) as tracer:
         with tracer.invoke(inputs):
-            for _ in tracer.iter[:]:
-                for path, at_input, remove, add, _ in program:
-                    module = model.get(path)
-                    if at_input:
-                        module.input = algebra.edit(module.input, remove, add)
-                    else:
-                        module.output = algebra.edit_output(module.output, remove, add)
+            decided: list[Tensor] = []
+            for step in tracer.iter[:]:
+                list(walk(model, program, (prompts, step, decided)))
         with tracer.invoke():
             tokens = nnsight.save(tracer.result)
     return tokens  # type: ignore[no-any-return]
@@ -160,3 +149,13 @@ def generate_plainly(model: Any, inputs: Inputs, options: Mapping[str, Any]) -> 
     with torch.no_grad(), model.generate(inputs, **options) as tracer:
         tokens = nnsight.save(tracer.result)
     return tokens  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _one_step_too_many() -> Iterator[None]:
+    """Silence nnsight's word that an open loop over decode steps asked for one more than there were."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*was never reached: the loop asked for a step", category=UserWarning
+        )
+        yield

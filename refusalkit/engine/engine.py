@@ -10,10 +10,9 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +21,11 @@ from torch import Tensor
 from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.engine import attribution, blocks, weights
-from refusalkit.engine.batch import Batch, Tokens, batch, chunks, shared_prefix
+from refusalkit.engine.batch import Batch, Tokens, batch, chunks, halved, prefix_inputs, shared_prefix
 from refusalkit.engine.layout import layout_of
-from refusalkit.engine.lower import Pack, lower, packs
+from refusalkit.engine.lower import Pack, counted_from, lower, packs
 from refusalkit.engine.memory import out_of_memory
+from refusalkit.engine.request import Request, answer
 from refusalkit.errors import RunError
 from refusalkit.intervention import NOTHING, Intervention, Site
 from refusalkit.selector import Advance, Attribution, Measure
@@ -80,6 +80,10 @@ class Engine:
         """Where the inputs go."""
         return next(self.module.parameters()).device  # type: ignore[no-any-return]
 
+    def run(self, requests: Sequence[Request], advance: Advance | None = None) -> list[Any]:
+        """Answer requests in their order (see `refusalkit.engine.request`)."""
+        return [answer(self, request, advance) for request in requests]
+
     # -- reading -----------------------------------------------------------------------------------------------
 
     def capture(
@@ -130,10 +134,11 @@ class Engine:
         """Return the last-position logits [prompt, d_vocab], on the CPU, in float32 or wider."""
         found: dict[int, Tensor] = {}
         pack = Pack((0,), (intervention or NOTHING,))
-        prefix = self._prefix(prompts, keep=1)
+        prefix = self._prefix(prompts, keep=1, interventions=pack.interventions)
 
         def run(group: Batch, options: dict[str, Any]) -> None:
-            rows = algebra.widen(self._packed_logits(group, pack, prefix, None)).cpu()
+            front = self._front(pack, prefix, None) if prefix else None
+            rows = algebra.widen(self._packed_logits(group, pack, front, None)).cpu()
             found.update(zip(group.indices, rows, strict=True))
 
         self._over(prompts, run, prefix=prefix, shared_cache=False)
@@ -150,34 +155,61 @@ class Engine:
 
         Not-a-number stands for the prompts after which an intervention was given up (`Measure.stop_above`).
         """
+        if measure.kind == "kl_nats" and measure.reference is None:
+            measure = replace(measure, reference=self.logits(prompts))
         values = torch.full((len(interventions), len(prompts)), math.nan, dtype=torch.float64)
-        alive = list(range(len(interventions)))
-        prefix = self._prefix(prompts, keep=1)
+        limit = math.inf if measure.stop_above is None else measure.stop_above * len(prompts)
+        prefix = self._prefix(prompts, keep=1, interventions=interventions)
         done, total = 0, len(interventions) * len(prompts)
 
+        def alive(indices: Iterable[int]) -> list[int]:
+            return [index for index in indices if not values[index].nansum() > limit]
+
         def run(group: Batch, options: dict[str, Any]) -> None:
-            nonlocal alive, done
-            rows = list(group.indices)
-            starts_late = any((interventions[index].first_layer or 0) > 0 for index in alive)
-            clean = self._clean(group, prefix) if starts_late else None
-            for pack in packs([(i, interventions[i]) for i in alive], max(1, self.batch_size // len(rows))):
-                logits = self._packed_logits(group, pack, prefix, clean)
-                reduced = _reduce(logits, measure, rows, len(pack.indices)).cpu()
-                for index, part in zip(pack.indices, reduced.reshape(len(pack.indices), -1), strict=True):
-                    values[index, rows] = part
-                done += len(rows) * len(pack.indices)
+            nonlocal done
+            left = alive(range(len(interventions)))
+            clean = self._clean(group, prefix) if any(interventions[index].first_layer for index in left) else None
+            for pack in packs([(index, interventions[index]) for index in left], self.batch_size):
+                for part, kept, logits in self._pack_by_parts(pack, group, prefix, clean, alive):
+                    reduced = _reduce(logits, measure, part.indices, len(kept.indices)).cpu()
+                    for index, row in zip(kept.indices, reduced.reshape(len(kept.indices), -1), strict=True):
+                        values[index, list(part.indices)] = row
+                done += len(group.indices) * len(pack.indices)
                 if advance is not None:
                     advance(min(done, total), total)
-            if measure.stop_above is not None:
-                limit = measure.stop_above * len(prompts)
-                alive = [index for index in alive if not values[index].nansum() > limit]
-            if advance is not None and not alive:
-                advance(total, total)
 
-        # A mean that can be given up is computed in four parts, so that giving up saves something.
-        size = self.batch_size if measure.stop_above is None else max(1, -(-len(prompts) // 4))
-        self._over(prompts, run, prefix=prefix, shared_cache=False, size=size)
+        self._over(prompts, run, prefix=prefix, shared_cache=False)
         return values
+
+    def _pack_by_parts(
+        self,
+        pack: Pack,
+        group: Batch,
+        prefix: Tokens,
+        clean: Clean | None,
+        alive: Callable[[Iterable[int]], Sequence[int]],
+    ) -> Iterator[tuple[Batch, Pack, Tensor]]:
+        """Yield logits of a pack on a few prompts at a time, and drop the interventions that are given up between.
+
+        The more interventions share a pass, the fewer prompts do, and the less of it is padding.
+        """
+        start = _start(pack, clean)
+        front = self._front(pack, prefix, clean) if prefix else None
+        row = 0
+        while row < len(group.indices):
+            rows = slice(row, row + max(1, self.batch_size // len(pack.indices)))
+            part = group.part(rows)
+            resid = clean.resid[start][rows, -part.input_ids.shape[1] :] if clean is not None and start else None
+            yield part, pack, self._packed_logits(part, pack, front, resid)
+            row = rows.stop
+            going_on = alive(pack.indices)
+            if not going_on:
+                return
+            if len(going_on) < len(pack.indices):
+                kept = [place for place, index in enumerate(pack.indices) if index in going_on]
+                pack = pack.of(kept)
+                if front is not None:
+                    front.batch_select_indices(torch.tensor(kept, device=self.device))
 
     def attribute(
         self, prompts: Sequence[Tokens], bases: Tensor, site: Site, measures: Sequence[Measure]
@@ -212,40 +244,49 @@ class Engine:
             for index, measure in enumerate(measures)
         ]
 
-    def _packed_logits(self, group: Batch, pack: Pack, prefix: Tokens, clean: Clean | None) -> Tensor:
-        """Return logits [intervention * prompt, d_vocab] of a pack on one batch, skipping layers it leaves alone."""
+    def _packed_logits(self, group: Batch, pack: Pack, front: Any, resid: Tensor | None) -> Tensor:
+        """Return logits [intervention * prompt, d_vocab] of a pack on one batch.
+
+        `front` holds the keys and values of the shared front, a row for each intervention; None when there is none.
+        resid [prompt, position, d_model] is the input of the first block that the pack touches, where the pass can
+        start there.
+        """
         times, rows = len(pack.interventions), len(group.indices)
-        start = pack.first_layer if clean is not None and pack.first_layer is not None else 0
-        skipped = [self.layout.block(layer) for layer in range(start)]
-        resid = None if clean is None or start == 0 else clean.resid[start].to(self.device).repeat(times, 1, 1)
+        start = 0 if resid is None else pack.first_layer or 0
         options: dict[str, Any] = {"logits_to_keep": 1, "use_cache": False}
-        if prefix:
-            cache = self._prefix_cache(pack, prefix, clean, start)
+        if front is not None:
+            cache = copy.deepcopy(front)
             cache.batch_repeat_interleave(rows)
             options.update(self._with_cache(cache))
         program = lower(pack.interventions, self.layout, rows, self.device)
         self.prompt_passes += times * rows * (self.n_layers - start) / self.n_layers
-        return blocks.last_logits(self.model, group.repeated(times), program, options, (skipped, resid))
+        skip = self._skip(start, resid, times)
+        return blocks.last_logits(self.model, group.repeated(times), program, options, skip)
 
-    def _prefix_cache(self, pack: Pack, prefix: Tokens, clean: Clean | None, start: int) -> Any:
+    def _front(self, pack: Pack, prefix: Tokens, clean: Clean | None) -> Any:
         """Return the keys and values of the shared front under each intervention of a pack, a row each."""
-        times = len(pack.interventions)
-        if not any(intervention.edits for intervention in pack.interventions) and clean is not None:
-            return copy.deepcopy(clean.prefix_cache)
+        times, start = len(pack.interventions), _start(pack, clean)
+        if clean is not None and not any(intervention.edits for intervention in pack.interventions):
+            below = copy.deepcopy(clean.prefix_cache)
+            below.batch_repeat_interleave(times)
+            return below
         cache = self._empty_cache()
-        program = lower(pack.interventions, self.layout, 1, self.device)
-        skipped = [self.layout.block(layer) for layer in range(start)]
-        resid = None
-        if start and clean is not None:
-            resid = clean.prefix_resid[start].to(self.device).repeat(times, 1, 1)
+        # The prompt's last token is not in the front, so nothing that starts there reaches it.
+        program = counted_from(lower(pack.interventions, self.layout, 1, self.device), -1)
+        skip = self._skip(start, clean.prefix_resid[start] if clean is not None and start else None, times)
         options = {"logits_to_keep": 1, **self._with_cache(cache)}
-        blocks.last_logits(self.model, _prefix_inputs(prefix, times, self.device), program, options, (skipped, resid))
+        blocks.last_logits(self.model, prefix_inputs(prefix, times, self.device), program, options, skip)
         if start and clean is not None:
             # Layers that did not run have left no keys; theirs are the unmodified model's.
             below = copy.deepcopy(clean.prefix_cache)
             below.batch_repeat_interleave(times)
             cache.layers[:start] = below.layers[:start]
         return cache
+
+    def _skip(self, start: int, resid: Tensor | None, times: int) -> tuple[list[str], Tensor | None]:
+        """Return the blocks before `start` and what stands in for their output, once for each intervention."""
+        skipped = [self.layout.block(layer) for layer in range(start)]
+        return skipped, None if resid is None else resid.to(self.device).repeat(times, 1, 1)
 
     def _clean(self, group: Batch, prefix: Tokens) -> Clean:
         """Run the unmodified model on one batch and keep every block's input."""
@@ -255,7 +296,7 @@ class Engine:
         cache = None
         if prefix:
             cache = self._empty_cache()
-            inputs = _prefix_inputs(prefix, 1, self.device)
+            inputs = prefix_inputs(prefix, 1, self.device)
             # Not stopped after the last input: the cache needs the last block too.
             last = lower([NOTHING], self.layout, 1, self.device, [*reads, ("resid_post", self.n_layers - 1)])
             front = blocks.read(self.model, inputs, last, None, self._with_cache(cache))
@@ -297,8 +338,7 @@ class Engine:
                 ids = blocks.generate_plainly(self.model, inputs, options)
             else:
                 program = lower([intervention], self.layout, len(group.indices), self.device)
-                with _one_step_too_many():
-                    ids = blocks.generate(self.model, inputs, program, options)
+                ids = blocks.generate(self.model, inputs, program, options)
             for index, row in zip(group.indices, ids[:, group.input_ids.shape[1] :].tolist(), strict=True):
                 ends = [place for place, token in enumerate(row) if token in stops]
                 found[index] = tuple(row[: ends[0]] if ends else row)
@@ -315,28 +355,29 @@ class Engine:
         whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
 
         def run(group: Batch, _: dict[str, Any]) -> None:
-            width = int(counts[list(group.indices)].max()) + 1
-            columns = torch.arange(width, 0, -1)
-            mask = columns[None] <= counts[list(group.indices), None]
-            targets = (group.input_ids[:, -width:], mask)
-            program = lower([intervention or NOTHING], self.layout, len(group.indices), self.device)
+            rows = list(group.indices)
+            width = int(counts[rows].max()) + 1
+            targets = (group.input_ids[:, -width:], torch.arange(width, 0, -1)[None] <= counts[rows, None])
+            program = lower([intervention or NOTHING], self.layout, len(rows), self.device)
+            program = counted_from(program, counts[rows, None].to(self.device))
             options = {"logits_to_keep": width, "use_cache": False}
-            rows = blocks.completion_losses(self.model, group.repeated(1), program, targets, options)
-            losses[list(group.indices)] = rows.cpu()
+            losses[rows] = blocks.completion_losses(self.model, group.repeated(1), program, targets, options).cpu()
 
         self._over(whole, run, share=False)
         return losses, counts
 
     @contextmanager
-    def edited_weights(self, basis: Tensor) -> Iterator[weights.Edited]:
+    def edited_weights(self, basis: Tensor, keep_norms: bool = False) -> Iterator[weights.Edited]:
         """Remove `basis` [rank, d_model] from every weight that writes the residual stream, and put it back after."""
-        with weights.edited(self.module, self.adapter, basis) as edited:
+        with weights.edited(self.module, self.adapter, basis, keep_norms) as edited:
             yield edited
 
     # -- batching ----------------------------------------------------------------------------------------------
 
-    def _prefix(self, prompts: Sequence[Tokens], keep: int) -> Tokens:
-        if not self.shares_prefix or not self._cache_can_be_shared(max(len(prompt) for prompt in prompts)):
+    def _prefix(self, prompts: Sequence[Tokens], keep: int, interventions: Sequence[Intervention] = ()) -> Tokens:
+        # What a gate decides at the end of a prompt changes its front.
+        shares = self.shares_prefix and all(intervention.gate is None for intervention in interventions)
+        if not shares or not self._cache_can_be_shared(max(len(prompt) for prompt in prompts)):
             return ()
         return shared_prefix(prompts, keep)
 
@@ -377,7 +418,7 @@ class Engine:
                         hint="use a smaller dtype, a shorter prompt or a larger device",
                     ) from None
                 self.batch_size = max(1, len(indices) // 2)
-                pending = _halved([indices, *pending], self.batch_size)
+                pending = halved([indices, *pending], self.batch_size)
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 continue
@@ -388,7 +429,7 @@ class Engine:
     def _shared_cache(self, prefix: Tokens) -> Any:
         cache = self._empty_cache()
         options = {"logits_to_keep": 1, **self._with_cache(cache)}
-        blocks.last_logits(self.model, _prefix_inputs(prefix, 1, self.device), (), options, ((), None))
+        blocks.last_logits(self.model, prefix_inputs(prefix, 1, self.device), (), options, ((), None))
         return cache
 
     def _with_cache(self, cache: Any) -> dict[str, Any]:
@@ -418,17 +459,12 @@ class Engine:
         return set(stops) if isinstance(stops, list) else {stops}
 
 
+def _start(pack: Pack, clean: Clean | None) -> int:
+    """Return the layer at which a pass can start: the first that is touched, where its unmodified input is known."""
+    return 0 if clean is None else pack.first_layer or 0
+
+
 _PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
-
-
-def _halved(groups: Sequence[tuple[int, ...]], size: int) -> list[tuple[int, ...]]:
-    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-
-
-def _prefix_inputs(prefix: Tokens, rows: int, device: torch.device) -> dict[str, Tensor]:
-    ids = torch.tensor([prefix], device=device).repeat(rows, 1)
-    positions = torch.arange(len(prefix), device=device)[None].repeat(rows, 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
 
 
 def _reduce(logits: Tensor, measure: Measure, rows: Sequence[int], times: int) -> Tensor:
@@ -447,13 +483,3 @@ def _check_lengths(prompts: Sequence[Tokens], positions: Sequence[int]) -> None:
             where="capture.positions",
             hint="capture positions nearer to the end",
         )
-
-
-@contextmanager
-def _one_step_too_many() -> Iterator[None]:
-    """Silence nnsight's word that an open loop over decode steps asked for one more than there were."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*was never reached: the loop asked for a step", category=UserWarning
-        )
-        yield

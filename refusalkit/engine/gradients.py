@@ -17,8 +17,9 @@ from torch import Tensor
 
 from refusalkit import algebra
 from refusalkit.engine.batch import Batch, Tokens
+from refusalkit.engine.blocks import walk
 from refusalkit.engine.engine import Engine
-from refusalkit.engine.lower import Pack, Program, lower, packs
+from refusalkit.engine.lower import Pack, Program, counted_from, lower, packs
 from refusalkit.intervention import NOTHING, Intervention, Site
 from refusalkit.strategy import StateObjective
 
@@ -63,7 +64,7 @@ class Differentiable:
 
             def loss(pack: Pack) -> Tensor:
                 times = len(pack.indices)
-                logits = self._logits(group, pack, width)
+                logits = self._logits(group, pack, own, width)
                 summed = algebra.completion_loss(logits, ids.repeat(times, 1), mask.repeat(times, 1))
                 return summed / own.clamp(min=1).repeat(times).to(summed.device)
 
@@ -83,15 +84,17 @@ class Differentiable:
         It is summed over the `last` positions of prompt and completion.
         """
         whole = _joined(prompts, completions)
+        counts = torch.tensor([len(completion) for completion in completions])
 
         def prepare(group: Batch) -> Loss:
+            own = counts[list(group.indices)]
             mask = _last(torch.tensor([len(whole[index]) for index in group.indices]), last)
             with torch.no_grad():
-                reference = self._logits(group, Pack((0,), (NOTHING,)), last).double().log_softmax(-1)
+                reference = self._logits(group, Pack((0,), (NOTHING,)), own, last).double().log_softmax(-1)
 
             def loss(pack: Pack) -> Tensor:
                 times = len(pack.indices)
-                modified = self._logits(group, pack, last).double().log_softmax(-1)
+                modified = self._logits(group, pack, own, last).double().log_softmax(-1)
                 apart = (modified.exp() * (modified - reference.repeat(times, 1, 1))).sum(-1)
                 return (apart * mask[:, -apart.shape[1] :].repeat(times, 1).to(apart.device)).sum(-1)
 
@@ -114,19 +117,22 @@ class Differentiable:
                 times, rows = len(pack.indices), len(group.indices)
                 program = lower(pack.interventions, self._engine.layout, rows, self._engine.device, reads, self._dtype)
                 found = states(self._engine.model, group.repeated(times), program)
-                return objective(torch.stack([state[:, -1] for state in found], 1), group.indices * times)
+                return objective(torch.stack(found, 1), group.indices * times)
 
             return loss
 
         return self._mean(prompts, interventions, prepare)
 
-    def _logits(self, group: Batch, pack: Pack, last: int) -> Tensor:
-        """Return the logits [intervention * prompt, position, d_vocab] of the last positions."""
-        program = lower(
-            pack.interventions, self._engine.layout, len(group.indices), self._engine.device, dtype=self._dtype
-        )
-        self._engine.prompt_passes += len(pack.indices) * len(group.indices)
-        return logits(self._engine.model, group.repeated(len(pack.indices)), program, last)
+    def _logits(self, group: Batch, pack: Pack, counts: Tensor, last: int) -> Tensor:
+        """Return the logits [intervention * prompt, position, d_vocab] of the last positions.
+
+        The sequences end `counts` [prompt] tokens after their prompts.
+        """
+        engine, times, rows = self._engine, len(pack.indices), len(group.indices)
+        program = lower(pack.interventions, engine.layout, rows, engine.device, dtype=self._dtype)
+        program = counted_from(program, counts.repeat(times)[:, None].to(engine.device))
+        engine.prompt_passes += times * rows
+        return logits(engine.model, group.repeated(times), program, last)
 
     def _mean(
         self, sequences: Sequence[Tokens], interventions: Sequence[Intervention], prepare: Callable[[Batch], Loss]
@@ -186,40 +192,27 @@ def _probe(intervention: Intervention) -> Probe:
             copies[id(tensor)] = (tensor, tensor.detach().clone().requires_grad_())
         return copies[id(tensor)][1]
 
-    edits = tuple(replace(edit, remove=copy(edit.remove), add=copy(edit.add)) for edit in intervention.edits)
-    pairs = list(copies.values())
-    return Probe(Intervention(edits), tuple(original for original, _ in pairs), tuple(leaf for _, leaf in pairs))
+    edits = tuple(
+        replace(edit, remove=copy(edit.remove), add=copy(edit.add), turn=copy(edit.turn), along=copy(edit.along))
+        for edit in intervention.edits
+    )
+    originals, leaves = zip(*copies.values(), strict=True) if copies else ((), ())
+    return Probe(replace(intervention, edits=edits), originals, leaves)
 
 
 def logits(model: Any, inputs: Mapping[str, Tensor], program: Program, last: int) -> Tensor:
     """Return the logits [row, position, d_vocab] of the last positions under `program`, with their graph."""
     with model.trace(inputs, logits_to_keep=last, use_cache=False):
-        for path, at_input, remove, add, _ in program:
-            module = model.get(path)
-            if at_input:
-                module.input = algebra.edit(module.input, remove, add)
-            else:
-                module.output = algebra.edit_output(module.output, remove, add)
+        list(walk(model, program, (len(inputs["input_ids"]), 0, [])))
         found = nnsight.save(model.output.logits)
     return found  # type: ignore[no-any-return]
 
 
 def states(model: Any, inputs: Mapping[str, Tensor], program: Program) -> list[Tensor]:
-    """Return the hidden states [row, position, d_model] that `program` keeps, with their graph."""
-    prompts = len(inputs["input_ids"])
+    """Return the last position's hidden state [row, d_model] at every place that `program` keeps, with its graph."""
     with model.trace(inputs, use_cache=False) as tracer:
-        found = nnsight.save([])
-        for path, at_input, remove, add, keep in program:
-            module = model.get(path)
-            value = module.input if at_input else module.output
-            if remove is not None or add is not None:
-                value = algebra.edit_output(value, remove, add)
-                if at_input:
-                    module.input = value
-                else:
-                    module.output = value
-            if keep:
-                found.append(algebra.hidden(value, prompts))
+        kept = walk(model, program, (len(inputs["input_ids"]), 0, []))
+        found = nnsight.save([state[:, -1] for state in kept])
         tracer.stop()
     return found  # type: ignore[no-any-return]
 

@@ -8,17 +8,21 @@ touch modules.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from refusalkit import algebra
 from refusalkit.engine.layout import Layout
 from refusalkit.intervention import SITES, Edit, Intervention, Site
 
-#: (path of the module, whether its input is meant rather than its output, remove, add, whether to keep what is there)
-Step = tuple[str, bool, Tensor | None, Tensor | None, bool]
+#: (path of the module, whether its input is meant rather than its output, the gate to read there, the change to make
+#: there); with neither, what is there is kept.
+Step = tuple[str, bool, algebra.Gate | None, algebra.Change | None]
 Program = tuple[Step, ...]
+#: The tensors of an edit, in the order in which `algebra.edit` takes them.
+_PARTS = ("remove", "add", "turn", "along")
 
 
 class Pack(NamedTuple):
@@ -31,6 +35,10 @@ class Pack(NamedTuple):
     def first_layer(self) -> int | None:
         """The lowest layer that any of them touches."""
         return self.interventions[0].first_layer
+
+    def of(self, rows: Sequence[int]) -> Pack:
+        """Return some of the interventions."""
+        return Pack(tuple(self.indices[row] for row in rows), tuple(self.interventions[row] for row in rows))
 
 
 def place(layout: Layout, site: Site, layer: int) -> tuple[str, bool]:
@@ -53,10 +61,18 @@ def _ordered(intervention: Intervention) -> list[Edit]:
 
 
 def _signature(intervention: Intervention) -> tuple[object, ...]:
-    return tuple(
-        (edit.layer, edit.site, None if edit.remove is None else edit.remove.shape, edit.add is None)
-        for edit in _ordered(intervention)
+    gate = intervention.gate
+    return (
+        None if gate is None else (gate.site, gate.layer, gate.position),
+        *(
+            (edit.layer, edit.site, edit.tokens, edit.gated, *(_shape(getattr(edit, part)) for part in _PARTS))
+            for edit in _ordered(intervention)
+        ),
     )
+
+
+def _shape(part: Tensor | None) -> tuple[int, ...] | None:
+    return None if part is None else tuple(part.shape)
 
 
 def packs(interventions: Sequence[tuple[int, Intervention]], size: int) -> list[Pack]:
@@ -87,26 +103,50 @@ def lower(
     # One basis stands in three edits a layer; stacking it once keeps a pack of 90 edits to one tensor.
     stacked: dict[tuple[int, ...], Tensor] = {}
 
-    def rowwise(tensors: Sequence[Tensor | None], is_add: bool) -> Tensor | None:
+    def rowwise(tensors: Sequence[Tensor | None]) -> Tensor | None:
         present = [tensor for tensor in tensors if tensor is not None]
         if not present:
             return None
         key = tuple(id(tensor) for tensor in present)
         if key not in stacked:
-            if len(present) == 1:
-                value = present[0]
-            else:
-                value = torch.stack(present)
-                value = (value[:, None] if is_add else value).repeat_interleave(rows, 0)
+            value = present[0]
+            if len(present) > 1:
+                value = torch.stack([tensor.reshape(-1, tensor.shape[-1]) for tensor in present])
+                value = value.repeat_interleave(rows, 0)
             stacked[key] = value.to(dtype).to(device)
         return stacked[key]
 
     steps: list[tuple[tuple[int, int, int], Step]] = []
+    gates = [intervention.gate for intervention in pack if intervention.gate is not None]
+    if gates:
+        site, layer = gates[0].site, gates[0].layer
+        vectors = torch.stack([gate.vector.float() for gate in gates]).repeat_interleave(rows, 0).to(device)
+        thresholds = torch.tensor([gate.threshold for gate in gates]).repeat_interleave(rows, 0).to(device)
+        gate = (vectors, thresholds, gates[0].position + 1)
+        steps.append(((layer, SITES.index(site), 0), (*place(layout, site, layer), gate, None)))
     for edits in zip(*[_ordered(intervention) for intervention in pack], strict=True):
-        site, layer = edits[0].site, edits[0].layer
-        remove = rowwise([edit.remove for edit in edits], is_add=False)
-        add = rowwise([edit.add for edit in edits], is_add=True)
-        steps.append(((layer, SITES.index(site), 0), (*place(layout, site, layer), remove, add, False)))
+        site, layer, tokens = edits[0].site, edits[0].layer, edits[0].tokens
+        remove, add, turn, along = (rowwise([getattr(edit, part) for edit in edits]) for part in _PARTS)
+        change = ((remove, add, turn, along), None if tokens == (None, None) else tokens, edits[0].gated)
+        steps.append(((layer, SITES.index(site), 1), (*place(layout, site, layer), None, change)))
     for site, layer in reads:
-        steps.append(((layer, SITES.index(site), 1), (*place(layout, site, layer), None, None, True)))
+        steps.append(((layer, SITES.index(site), 2), (*place(layout, site, layer), None, None)))
     return tuple(step for _, step in sorted(steps, key=lambda pair: pair[0]))
+
+
+def counted_from(program: Program, column: int | Tensor) -> Program:
+    """Return a program for a pass that ends `column` tokens after the prompt's last: a number, or [prompt, 1]."""
+
+    def end(at: int | Tensor | None) -> int | Tensor | None:
+        return None if at is None else at - column
+
+    def moved(gate: algebra.Gate | None, change: algebra.Change | None) -> Any:
+        if gate is not None:
+            vector, threshold, position = gate
+            return (vector, threshold, position - (column[:, 0] if isinstance(column, Tensor) else column)), None
+        if change is not None and change[1] is not None:
+            edits, (first, last), gated = change[0], change[1], change[2]
+            return None, (edits, (end(first), end(last)), gated)
+        return None, change
+
+    return tuple((path, at_input, *moved(gate, change)) for path, at_input, gate, change in program)

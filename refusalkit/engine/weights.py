@@ -29,22 +29,42 @@ class Edited:
     untied: bool
 
 
-def orthogonalize(module: Any, adapter: Adapter, basis: Tensor) -> Edited:
-    """Edit the weights of `module` in place and for good; `basis` [rank, d_model] has orthonormal rows."""
+@dataclass(frozen=True, eq=False)
+class _Writer:
+    """Hold a parameter that writes the stream."""
+
+    name: str
+    weight: Tensor
+    axis: int
+    """The axis of length d_model."""
+    rows: Tensor
+    """What it must not write, [rank, d_model]."""
+    is_matrix: bool
+    """Whether it is a matrix of a block, and not a bias or an embedding."""
+
+
+def orthogonalize(module: Any, adapter: Adapter, basis: Tensor, keep_norms: bool = False) -> Edited:
+    """Edit the weights of `module` in place and for good; `basis` [rank, d_model] has orthonormal rows.
+
+    `keep_norms` gives every column of the blocks' matrices its length back.
+    """
     untied = _untie(module)
     names = []
     with torch.no_grad():
-        for name, weight, axis, rows in _writers(module, adapter, basis):
-            weight.copy_(algebra.orthogonalize(weight, rows.to(weight.device), axis))
-            names.append(name)
+        for writer in _writers(module, adapter, basis):
+            rows = writer.rows.to(writer.weight.device)
+            keeps = keep_norms and writer.is_matrix
+            writer.weight.copy_(algebra.orthogonalize(writer.weight, rows, writer.axis, keeps))
+            names.append(writer.name)
     return Edited(tuple(names), untied)
 
 
 @contextmanager
-def edited(module: Any, adapter: Adapter, basis: Tensor) -> Iterator[Edited]:
+def edited(module: Any, adapter: Adapter, basis: Tensor, keep_norms: bool = False) -> Iterator[Edited]:
     """Edit the weights of `module` for the length of a block, then restore them bit for bit."""
-    kept = [(weight, weight.detach().cpu().clone()) for _, weight, _, _ in _writers(module, adapter, basis)]
-    changes = orthogonalize(module, adapter, basis)
+    writers = list(_writers(module, adapter, basis))
+    kept = [(writer.weight, writer.weight.detach().cpu().clone()) for writer in writers]
+    changes = orthogonalize(module, adapter, basis, keep_norms)
     try:
         yield changes
     finally:
@@ -65,10 +85,9 @@ def _untie(module: Any) -> bool:
     return True
 
 
-def _writers(module: Any, adapter: Adapter, basis: Tensor) -> Iterator[tuple[str, Tensor, int, Tensor]]:
-    """Yield (name, parameter, axis of length d_model, rows to remove) for everything that writes the stream."""
+def _writers(module: Any, adapter: Adapter, basis: Tensor) -> Iterator[_Writer]:
     for name in (f"{adapter.embedding}.weight", *adapter.also_embedding):
-        yield name, parameter(module, name, adapter), -1, basis
+        yield _Writer(name, parameter(module, name, adapter), -1, basis, is_matrix=False)
     layout = layout_of(module, adapter)
     for layer, writes in enumerate(layout.writes):
         block = resolve(module, layout.block(layer))
@@ -77,12 +96,9 @@ def _writers(module: Any, adapter: Adapter, basis: Tensor) -> Iterator[tuple[str
                 found = resolve(block, matrix.path)
                 if found is not None:
                     gains = [gain for gain in (write.gain, matrix.gain) if gain is not None]
-                    yield (
-                        f"{layout.block(layer)}.{matrix.path}",
-                        found,
-                        matrix.axis,
-                        _rows(block, gains, adapter, basis),
-                    )
+                    rows = _rows(block, gains, adapter, basis)
+                    is_matrix = not matrix.path.endswith("bias")
+                    yield _Writer(f"{layout.block(layer)}.{matrix.path}", found, matrix.axis, rows, is_matrix)
 
 
 def _rows(block: Any, gains: Sequence[Gain], adapter: Adapter, basis: Tensor) -> Tensor:

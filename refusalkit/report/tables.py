@@ -110,7 +110,14 @@ def weight_edits(edits: Sequence[WeightEdit]) -> list[EditRow]:
             edit.edited,
             edit.untied,
             number(edit.max_logit_gap, 2),
-            edit.claim or "equivalent to ablating the activations on this architecture",
+            _claim(edit),
         )
         for edit in edits
     ]
+
+
+def _claim(edit: WeightEdit) -> str:
+    if edit.plain_logit_gap is not None:
+        gap = number(edit.plain_logit_gap, 2)
+        return f"{edit.claim}; up to {gap} standard deviations from the edit that does not keep them"
+    return edit.claim or "equivalent to ablating the activations on this architecture"

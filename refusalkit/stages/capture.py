@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from refusalkit.artifacts import Activations, PromptSplits
+from refusalkit.engine.request import Capture
 from refusalkit.errors import RunError
 from refusalkit.metric import Side
 from refusalkit.recipe import CaptureSection
@@ -16,16 +17,11 @@ def capture(
 ) -> Activations:
     """Capture both sides at the positions of `splits`; raises `RunError` where activations are not numbers."""
     sides: tuple[Side, Side] = ("harmful", "harmless")
-    harmful, harmless = (
-        bench.engine.capture(
-            bench.tokens(splits.of(side, "train")),
-            splits.positions,
-            section.site,
-            keep_samples=needs == "samples",
-            advance=bench.advance(f"{side} prompts"),
-        )
+    requests = [
+        Capture(bench.tokens(splits.of(side, "train")), splits.positions, section.site, needs == "samples")
         for side in sides
-    )
+    ]
+    harmful, harmless = bench.engine.run(requests, bench.advance("prompts"))
     for side, found in zip(sides, (harmful, harmless), strict=True):
         bad = (~found.mean.isfinite()).nonzero()
         if len(bad):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from refusalkit.artifacts import (
     WeightEdit,
 )
 from refusalkit.builtin.interventions import ablate_everywhere
+from refusalkit.engine.request import Completions, Cosines, Losses, Reading, Readings, Request, reading
 from refusalkit.errors import RunError
 from refusalkit.intervals import bootstrap, wilson
 from refusalkit.intervention import NOTHING, Direction, Intervention, InterventionSpec
@@ -44,25 +44,39 @@ class Case:
 
 
 @dataclass(frozen=True, eq=False)
-class Baseline:
-    """Hold what the unmodified model did to one side's test prompts; every case is compared with it."""
+class Asked:
+    """Hold one side's test prompts, what is wanted of them, and what the unmodified model wrote."""
 
+    side: Side
     prompts: tuple[str, ...]
     tokens: tuple[Tokens, ...]
     """Up to where the answer starts."""
     openings: tuple[Tokens, ...]
     """Up to where the model writes; the same unless it thinks."""
-    logits: Tensor
-    completions: tuple[Tokens, ...]
+    opener_ids: tuple[int, ...]
+    metrics: tuple[Metric, ...]
+    """Those that mean something on this side."""
+    max_new_tokens: int
+    completions: tuple[Tokens, ...] = ()
+
+    @property
+    def needs(self) -> set[Need]:
+        """What the metrics look at."""
+        return {metric.needs for metric in self.metrics}
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Hold everything one case made of both sides."""
+    """Hold what one case made of one side's prompts."""
 
-    results: list[Result]
-    generated: list[Generated]
-    logits: dict[Side, Tensor]
+    reading: Reading
+    unmodified: Tensor | None
+    """The unmodified model's logits [prompt, d_vocab], where a metric needs logits."""
+    completions: tuple[Tokens, ...] = ()
+    losses: tuple[Tensor, Tensor] | None = None
+
+
+Outcomes = dict[tuple[str, Side], Outcome]
 
 
 def evaluate(
@@ -73,29 +87,37 @@ def evaluate(
     Raises `RunError` when an intervention that should act changes no logit.
     """
     activations, choice = found
-    harmless = activations.harmless_mean[activations.positions.index(choice.position)].float()
+    row = activations.positions.index(choice.position)
     direction = Direction(
-        choice.direction.float(), choice.position, choice.layer, len(harmless), activations.site, harmless
+        choice.direction.float(),
+        choice.position,
+        choice.layer,
+        activations.harmless_mean.shape[1],
+        activations.site,
+        activations.harmless_mean[row].float(),
+        activations.harmful_mean[row].float(),
     )
-    needs = {metric.needs for metric in section.metrics}
-    baselines = {side: _baseline(section, splits.of(side, "test"), needs, bench) for side in SIDES}
     cases = _cases(section, direction)
-    outcomes: dict[str, Outcome] = {}
+    asked = _completed(_asked(section, splits, bench), bench)
+    outcomes, separation = _on_activations(
+        [c for c in cases if c.intervention.weights is None], asked, direction, bench
+    )
     edits = []
-    for number, case in enumerate(cases):
-        with _in_place(case, bench) as edited:
-            outcomes[case.label] = _run(section, case, baselines, splits, bench)
-        _check_finite(case, outcomes[case.label])
-        if case.acts:
-            _check_acts(case, outcomes[case.label], baselines)
-        if edited is not None:
-            edits.append(_weight_edit(case, direction, edited, outcomes[case.label], baselines, bench))
-        bench.progress.advance("interventions", number + 1, len(cases))
+    for case in cases:
+        if case.intervention.weights is not None:
+            made, edit = _on_weights(case, asked, direction, bench)
+            outcomes.update(made)
+            edits.append(edit)
+        _check(case, *([outcomes[label, side] for side in SIDES] for label in (case.label, cases[0].label)))
+    results: list[Result] = []
+    generated = []
+    for case in cases:
+        for each in asked:
+            numbers, texts = _results(case, each, outcomes[case.label, each.side], section.seed, bench)
+            results += numbers
+            generated += texts
     return Evaluation(
-        results=tuple(result for outcome in outcomes.values() for result in outcome.results),
-        generated=tuple(texts for outcome in outcomes.values() for texts in outcome.generated),
-        separation=tuple(_separation(side, baselines[side], direction, bench) for side in SIDES),
-        weight_edits=tuple(edits),
+        results=tuple(results), generated=tuple(generated), separation=separation, weight_edits=tuple(edits)
     )
 
 
@@ -122,73 +144,182 @@ def _control_label(spec: InterventionSpec, number: int) -> str:
 
 
 def _random_like(direction: Direction, seed: int) -> Direction:
-    """Draw a random direction with the norm of `direction`."""
+    """Draw a random direction with the norm of `direction`; gates still read along the one that was found."""
     vector = direction.vector
     draw = torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed))
     scaled = algebra.unit(draw) * vector.norm(dim=-1, keepdim=True)
-    return replace(direction, vector=scaled)
+    return replace(direction, vector=scaled, found=vector)
 
 
-def _baseline(section: EvaluateSection, prompts: tuple[str, ...], needs: set[Need], bench: Bench) -> Baseline:
-    tokens = bench.tokens(prompts)
-    openings = bench.openings(prompts)
-    completions: Sequence[Tokens] = ()
-    if needs & {"completions", "losses"}:
-        completions = bench.engine.generate(
-            openings, None, section.max_new_tokens, bench.advance("completions of the unmodified model")
+def _asked(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tuple[Asked, ...]:
+    return tuple(
+        Asked(
+            side,
+            splits.of(side, "test"),
+            bench.tokens(splits.of(side, "test")),
+            bench.openings(splits.of(side, "test")),
+            splits.openers.token_ids,
+            tuple(metric for metric in section.metrics if side in metric.sides),
+            section.max_new_tokens,
         )
-    if completions and all(bench.template.answer(ids) is None for ids in completions):
+        for side in SIDES
+    )
+
+
+def _completed(asked: Sequence[Asked], bench: Bench) -> tuple[Asked, ...]:
+    """Let the unmodified model complete the prompts, where a metric looks at what it writes."""
+    writing = [each for each in asked if each.needs & {"completions", "losses"}]
+    requests = [Completions(each.openings, NOTHING, each.max_new_tokens) for each in writing]
+    found = bench.engine.run(requests, bench.advance("completions of the unmodified model")) if requests else []
+    written = {each.side: tuple(completions) for each, completions in zip(writing, found, strict=True)}
+    if any(all(bench.template.answer(ids) is None for ids in completions) for completions in written.values()):
         raise RunError(
-            f"no completion comes to an answer: every thought is longer than {section.max_new_tokens} tokens",
+            f"no completion comes to an answer: every thought is longer than {asked[0].max_new_tokens} tokens",
             where="evaluate.max_new_tokens",
             hint="raise it, or leave `prompts.thinking` out",
         )
-    return Baseline(prompts, tokens, openings, bench.engine.logits(tokens), tuple(completions))
+    return tuple(replace(each, completions=written.get(each.side, ())) for each in asked)
 
 
-@contextmanager
-def _in_place(case: Case, bench: Bench) -> Iterator[tuple[tuple[str, ...], bool] | None]:
-    """Hold the weights edited while a case that edits weights runs."""
-    if case.intervention.weights is None:
-        yield None
-        return
-    with bench.engine.edited_weights(case.intervention.weights) as edited:
-        yield edited.names, edited.untied
-
-
-def _run(
-    section: EvaluateSection, case: Case, baselines: Mapping[Side, Baseline], splits: PromptSplits, bench: Bench
-) -> Outcome:
-    outcome = Outcome([], [], {})
-    plain = case.label == "none"
-    for side in SIDES:
-        base = baselines[side]
-        engine, what = bench.engine, f"{case.label} on {side} prompts"
-        metrics = [metric for metric in section.metrics if side in metric.sides]
-        needs = {metric.needs for metric in metrics}
-        outcome.logits[side] = base.logits if plain else engine.logits(base.tokens, case.intervention)
-        texts: tuple[str, ...] = ()
-        if "completions" in needs:
-            made = (
-                base.completions
-                if plain
-                else engine.generate(base.openings, case.intervention, section.max_new_tokens, bench.advance(what))
-            )
-            answers = [bench.template.answer(ids) or () for ids in made]
-            texts = tuple(bench.template.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers)
-        losses = counts = None
-        if "losses" in needs:
-            losses, counts = engine.losses(base.openings, base.completions, case.intervention)
-        evidence = Evidence(
-            side, base.prompts, splits.openers.token_ids, texts, outcome.logits[side], base.logits, losses, counts
+def _on_activations(
+    cases: Sequence[Case], asked: Sequence[Asked], direction: Direction, bench: Bench
+) -> tuple[Outcomes, tuple[Separation, ...]]:
+    """Ask everything about every case that leaves the weights alone, and how the prompts lie along the direction."""
+    interventions = [case.intervention for case in cases]
+    requests: dict[tuple[str, Side, str], Request] = {}
+    for each in asked:
+        requests["", each.side, "readings"] = Readings(
+            each.tokens, interventions, each.opener_ids, keep_logits="logits" in each.needs
         )
-        measured = [(metric, _result(metric, case.label, evidence, section.seed)) for metric in metrics]
-        outcome.results.extend(result for _, (result, _) in measured)
-        if texts:
-            verdicts = [values for metric, (_, values) in measured if (metric.kind, metric.needs) == _VERDICT]
-            refused = tuple(value == 1 for value in verdicts[0]) if verdicts else None
-            outcome.generated.append(Generated(intervention=case.label, prompts=side, texts=texts, refused=refused))
-    return outcome
+        requests["", each.side, "cosines"] = Cosines(each.tokens, direction.main, direction.position, direction.site)
+        for case in cases:
+            requests.update({(case.label, each.side, kind): made for kind, made in _writing(case, each).items()})
+    found = bench.engine.run(list(requests.values()), bench.advance("interventions"))
+    answers: dict[tuple[str, Side, str], Any] = dict(zip(requests, found, strict=True))
+    outcomes: Outcomes = {}
+    for each in asked:
+        readings = answers["", each.side, "readings"]
+        for case, made in zip(cases, readings, strict=True):
+            key = (case.label, each.side)
+            completions = answers.get((*key, "completions"), each.completions)
+            outcomes[key] = Outcome(made, readings[0].logits, tuple(completions), answers.get((*key, "losses")))
+    return outcomes, tuple(_separation(each.side, answers["", each.side, "cosines"]) for each in asked)
+
+
+def _writing(case: Case, asked: Asked) -> dict[str, Request]:
+    """Return what a case is asked to write, and to make of what the unmodified model wrote."""
+    requests: dict[str, Request] = {}
+    if "completions" in asked.needs and case.label != "none":
+        requests["completions"] = Completions(asked.openings, case.intervention, asked.max_new_tokens)
+    if "losses" in asked.needs:
+        requests["losses"] = Losses(asked.openings, asked.completions, case.intervention)
+    return requests
+
+
+def _on_weights(case: Case, asked: Sequence[Asked], direction: Direction, bench: Bench) -> tuple[Outcomes, WeightEdit]:
+    """Run a case with its weights edited, and compare it with the same ablation of the activations."""
+    engine, ablation, basis = bench.engine, ablate_everywhere(direction), case.intervention.weights
+    assert basis is not None
+    keeps_norms = case.intervention.keeps_norms
+    plain = {each.side: engine.logits(each.tokens) for each in asked}
+    expected = {each.side: engine.logits(each.tokens, ablation) for each in asked}
+    simpler: dict[Side, Tensor] = {}
+    if keeps_norms:
+        with engine.edited_weights(basis):
+            simpler = {each.side: engine.logits(each.tokens) for each in asked}
+    outcomes: Outcomes = {}
+    logits: dict[Side, Tensor] = {}
+    with engine.edited_weights(basis, keeps_norms) as edited:
+        for each in asked:
+            logits[each.side] = engine.logits(each.tokens)
+            writing = _writing(case, each)
+            found = engine.run(list(writing.values()), bench.advance(f"{case.label} on {each.side} prompts"))
+            answers = dict(zip(writing, found, strict=True))
+            outcomes[case.label, each.side] = Outcome(
+                reading(logits[each.side], plain[each.side], each.opener_ids, keep_logits=True),
+                plain[each.side],
+                tuple(answers.get("completions", ())),
+                answers.get("losses"),
+            )
+    return outcomes, WeightEdit(
+        label=case.label,
+        edited=edited.names,
+        untied=edited.untied,
+        claim="the columns of the blocks' matrices keep their lengths" if keeps_norms else engine.adapter.inexact,
+        max_logit_gap=_gap(logits, expected),
+        plain_logit_gap=_gap(logits, simpler) if keeps_norms else None,
+    )
+
+
+def _gap(logits: Mapping[Side, Tensor], others: Mapping[Side, Tensor]) -> float:
+    return max(((logits[side] - other).abs().max() / other.std()).item() for side, other in others.items())
+
+
+def _check(case: Case, outcomes: Sequence[Outcome], plain: Sequence[Outcome]) -> None:
+    """Refuse numbers that mean nothing, given what the unmodified model did."""
+    where = f"evaluate.interventions: {case.label}"
+    bad = [side for side, outcome in zip(SIDES, outcomes, strict=True) if not outcome.reading.finite]
+    if bad:
+        raise RunError(
+            f"the logits on {' and '.join(bad)} test prompts are not numbers",
+            where=where,
+            hint="use a smaller scale, or load the model with `model.dtype: float32`",
+        )
+    if case.acts and not any(_moved(outcome, other) for outcome, other in zip(outcomes, plain, strict=True)):
+        raise RunError(
+            "changes nothing: the logits of every test prompt are those of the unmodified model",
+            where=where,
+            hint=_why_nothing(case.intervention),
+        )
+
+
+def _moved(outcome: Outcome, plain: Outcome) -> bool:
+    """Say whether anything that was measured differs: what acts on generated tokens alone moves no first logit."""
+    if outcome.reading.moved or outcome.completions != plain.completions:
+        return True
+    pair = outcome.losses, plain.losses
+    return pair[0] is not None and pair[1] is not None and not torch.equal(pair[0][0], pair[1][0])
+
+
+def _why_nothing(intervention: Intervention) -> str:
+    if intervention.gate is not None:
+        return "its gate opens for no test prompt: set another `threshold`"
+    if intervention.edits and all((edit.tokens[0] or 0) > 0 for edit in intervention.edits):
+        return "it acts on generated tokens alone: measure completions (`refusal_rate`) or losses (`cross_entropy`)"
+    return (
+        "a scale of 0 changes nothing; otherwise the adapter may name modules that do not write the residual stream "
+        "(docs/symptoms.md)"
+    )
+
+
+def _results(
+    case: Case, asked: Asked, outcome: Outcome, seed: int, bench: Bench
+) -> tuple[list[Result], list[Generated]]:
+    """Let the metrics of one side measure an outcome; also return its completions as text, where there are any."""
+    texts: tuple[str, ...] = ()
+    if "completions" in asked.needs:
+        answers = [bench.template.answer(ids) or () for ids in outcome.completions]
+        texts = tuple(bench.template.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers)
+    losses, counts = outcome.losses or (None, None)
+    evidence = Evidence(
+        asked.side,
+        asked.prompts,
+        asked.opener_ids,
+        completions=texts,
+        refusal_scores=outcome.reading.refusal_scores,
+        kl_nats=outcome.reading.kl_nats,
+        logits=outcome.reading.logits,
+        baseline_logits=outcome.unmodified,
+        losses=losses,
+        n_tokens=counts,
+    )
+    measured = [(metric, _result(metric, case.label, evidence, seed)) for metric in asked.metrics]
+    generated = []
+    if texts:
+        verdicts = [values for metric, (_, values) in measured if (metric.kind, metric.needs) == _VERDICT]
+        refused = tuple(value == 1 for value in verdicts[0]) if verdicts else None
+        generated = [Generated(intervention=case.label, prompts=asked.side, texts=texts, refused=refused)]
+    return [result for _, (result, _) in measured], generated
 
 
 #: What tells of each completion whether it is a refusal.
@@ -216,55 +347,8 @@ def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> tuple[
     return result, measured.values
 
 
-def _check_finite(case: Case, outcome: Outcome) -> None:
-    bad = [side for side in SIDES if not outcome.logits[side].isfinite().all()]
-    if bad:
-        raise RunError(
-            f"the logits on {' and '.join(bad)} test prompts are not numbers",
-            where=f"evaluate.interventions: {case.label}",
-            hint="use a smaller scale, or load the model with `model.dtype: float32`",
-        )
-
-
-def _check_acts(case: Case, outcome: Outcome, baselines: Mapping[Side, Baseline]) -> None:
-    if all(torch.equal(outcome.logits[side], baselines[side].logits) for side in SIDES):
-        raise RunError(
-            "changes nothing: the logits of every test prompt are those of the unmodified model",
-            where=f"evaluate.interventions: {case.label}",
-            hint="a scale of 0 changes nothing; otherwise the adapter may name modules that do not write the residual "
-            "stream (docs/symptoms.md)",
-        )
-
-
-def _weight_edit(
-    case: Case,
-    direction: Direction,
-    edited: tuple[tuple[str, ...], bool],
-    outcome: Outcome,
-    baselines: Mapping[Side, Baseline],
-    bench: Bench,
-) -> WeightEdit:
-    ablation = ablate_everywhere(direction)
-    gaps = []
-    for side in SIDES:
-        expected = bench.engine.logits(baselines[side].tokens, ablation)
-        gaps.append((outcome.logits[side] - expected).abs().max().item() / expected.std().item())
-    names, untied = edited
-    return WeightEdit(
-        label=case.label,
-        edited=names,
-        untied=untied,
-        claim=bench.engine.adapter.inexact,
-        max_logit_gap=max(gaps),
-    )
-
-
-def _separation(side: Side, baseline: Baseline, direction: Direction, bench: Bench) -> Separation:
-    """Show how the test prompts of one side lie along the direction in every layer."""
-    found = bench.engine.capture(baseline.tokens, (direction.position,), direction.site, keep_samples=True)
-    assert found.samples is not None
-    main = algebra.unit(direction.vector.reshape(-1, direction.vector.shape[-1])[0])
-    cosines = (algebra.unit(found.samples[:, 0]) @ main).double()
+def _separation(side: Side, cosines: Tensor) -> Separation:
+    """Show how the test prompts of one side lie along the direction in every layer; cosines [prompt, layer]."""
     low, high = torch.quantile(cosines, torch.tensor([0.05, 0.95], dtype=torch.float64), dim=0)
     return Separation(
         prompts=side, mean=tuple(cosines.mean(0).tolist()), low=tuple(low.tolist()), high=tuple(high.tolist())

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from refusalkit import algebra
 from refusalkit.artifacts import FilterCount, Openers, PromptSplits, Split, Template
+from refusalkit.engine.request import Opened, Openings
 from refusalkit.errors import RunError
 from refusalkit.metric import Side
 from refusalkit.stages.bench import Bench
@@ -43,11 +42,17 @@ def settle(request: Request, bench: Bench) -> PromptSplits:
     """
     sides: dict[Side, Mapping[Split, tuple[str, ...]]] = {"harmful": request.harmful, "harmless": request.harmless}
     parts: list[tuple[Side, Split]] = [(side, split) for side in sides for split in ("train", "validation")]
-    logits = {}
-    for number, (side, split) in enumerate(parts):
-        logits[side, split] = bench.engine.logits(bench.tokens(sides[side][split]))
-        bench.progress.advance("refusal scores", number + 1, len(parts))
-    for (side, split), found in logits.items():
+    # Both training splits first: these are compared.
+    order = sorted(parts, key=lambda part: part[1])
+    named = () if request.openers == "auto" else bench.template.opener_ids(request.openers)
+    asked = Openings(
+        [bench.tokens(sides[side][split]) for side, split in order],
+        named or bench.template.opener_ids(request.family_openers),
+        MOST_OPENERS,
+    )
+    (opened,) = bench.engine.run([asked], bench.advance("refusal scores"))
+    probabilities = dict(zip(order, opened.probabilities, strict=True))
+    for (side, split), found in probabilities.items():
         if not found.isfinite().all():
             raise RunError(
                 f"the model's logits on {side} {split} prompts are not numbers",
@@ -55,11 +60,12 @@ def settle(request: Request, bench: Bench) -> PromptSplits:
                 hint="float16 overflows on many models: load with `model.dtype: bfloat16` or `float32`; "
                 "where it is one of these, a weight of the checkpoint is damaged",
             )
-    openers = _openers(request, logits["harmful", "train"], logits["harmless", "train"], bench)
+    openers = _openers(request, opened, bench)
     kept: dict[Side, dict[Split, tuple[str, ...]]] = {side: dict(splits) for side, splits in sides.items()}
     counts = []
+    columns = [opened.token_ids.index(token) for token in openers.token_ids]
     for side, split in parts:
-        scores = algebra.refusal_score(logits[side, split], torch.tensor(openers.token_ids))
+        scores = algebra.log_odds(probabilities[side, split][:, columns].sum(-1))
         passes = scores > 0 if side == "harmful" else scores < 0
         prompts = sides[side][split]
         if request.filter:
@@ -89,18 +95,18 @@ def settle(request: Request, bench: Bench) -> PromptSplits:
     )
 
 
-def _openers(request: Request, harmful: torch.Tensor, harmless: torch.Tensor, bench: Bench) -> Openers:
+def _openers(request: Request, opened: Opened, bench: Bench) -> Openers:
     """Decide which tokens open a refusal."""
     if request.openers != "auto":
         ids = bench.template.opener_ids(request.openers)
         texts = tuple(o if isinstance(o, str) else bench.template.tokenizer.decode([o]) for o in request.openers)
         return Openers(texts=texts, token_ids=ids, source="recipe", reason="the recipe names them")
-    gap = harmful.double().softmax(-1).mean(0) - harmless.double().softmax(-1).mean(0)
-    ranked = gap.argsort(descending=True)[:MOST_OPENERS]
-    found = [int(token) for token in ranked if gap[token] >= SMALLEST_GAP]
-    best = gap[found].sum().item() if found else 0.0
+    harmful, harmless = (rows.mean(0).tolist() for rows in opened.probabilities[:2])
+    gap = {token: p - q for token, p, q in zip(opened.token_ids, harmful, harmless, strict=True)}
+    found = [token for token in sorted(gap, key=lambda t: -gap[t])[:MOST_OPENERS] if gap[token] >= SMALLEST_GAP]
+    best = sum(gap[token] for token in found)
     family = bench.template.opener_ids(request.family_openers)
-    share = gap[list(family)].sum().item()
+    share = sum(gap[token] for token in family)
     if share > 0 and share >= FAMILY_SHARE * best:
         return Openers(
             texts=request.family_openers,

@@ -173,7 +173,8 @@ def check_model_strategy(strategy: ModelStrategy, engine: Engine) -> tuple[Law, 
     captured = [Captured(engine.capture(prompts, (-2, -1)).mean, len(prompts), prompts=prompts) for prompts in sides]
     before = [side.mean.clone() for side in captured]
     plain = engine.logits(sides[0])
-    inputs = FindInputs(*captured, (-2, -1), "resid_pre", opener_ids=(5, 6), text=engine.model.tokenizer.decode)
+    harmful, harmless = captured
+    inputs = FindInputs(harmful, harmless, (-2, -1), "resid_pre", (5, 6), text=engine.model.tokenizer.decode)
     found = strategy.find(inputs, Differentiable(engine))
     again = strategy.find(inputs, Differentiable(engine))
     expected = (2, engine.n_layers, engine.d_model)
@@ -247,6 +248,8 @@ def check_metric(metric: Metric) -> tuple[Law, ...]:
             prompts=("a", "b", "c", "d"),
             opener_ids=(1, 2),
             completions=texts,
+            refusal_scores=torch.randn(4, generator=generator, dtype=torch.float64),
+            kl_nats=torch.rand(4, generator=generator, dtype=torch.float64),
             logits=logits,
             baseline_logits=logits + 0.1 * torch.randn((4, 16), generator=generator),
             losses=torch.rand(4, generator=generator, dtype=torch.float64) * 9,
