@@ -34,7 +34,7 @@ def refusalkit_adapters() -> Sequence[Adapter]:  # type: ignore[empty-body]
 
 @hookspec
 def refusalkit_strategies() -> Sequence[type[AnyStrategy]]:  # type: ignore[empty-body]
-    """Return ways to find directions: `Strategy` classes, named in a recipe under `find.strategy`."""
+    """Return ways to find directions: `Strategy` or `ModelStrategy` classes, named under `find.strategy`."""
 
 
 @hookspec

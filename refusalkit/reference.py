@@ -32,8 +32,8 @@ from refusalkit.metric import Metric
 from refusalkit.prompt_source import PromptSource
 from refusalkit.recipe import PromptFiles, recipe_type
 from refusalkit.registry import Registry, load_registry
-from refusalkit.selector import Selector
-from refusalkit.strategy import Strategy
+from refusalkit.selector import Measure, Selector, Subject
+from refusalkit.strategy import AnyStrategy, Captured, DifferentiableSubject, FindInputs, ModelStrategy, Strategy
 
 WIDTH = 80
 NOTICE = "<!-- Written by `python -m refusalkit.reference` from the help in the code. -->"
@@ -224,8 +224,11 @@ def _parts(annotation: Any) -> list[type]:
 
 _BASES: dict[str, tuple[str, tuple[type, ...]]] = {
     "adapters": ("refusalkit_adapters", (Adapter, Write, Matrix, Gain, Refusal, Family)),
-    "strategies": ("refusalkit_strategies", (Strategy,)),
-    "selectors": ("refusalkit_selectors", (Selector,)),
+    "strategies": (
+        "refusalkit_strategies",
+        (AnyStrategy, Strategy, Captured, ModelStrategy, FindInputs, DifferentiableSubject),
+    ),
+    "selectors": ("refusalkit_selectors", (Selector, Subject, Measure)),
     "interventions": ("refusalkit_interventions", (InterventionSpec,)),
     "metrics": ("refusalkit_metrics", (Metric,)),
     "prompt_sources": ("refusalkit_prompt_sources", (PromptSource,)),
@@ -248,7 +251,7 @@ def hooks_page(registry: Registry) -> str:
 
 
 def _members(base: type) -> list[str]:
-    """List the fields, class variables and abstract methods that a provider has or sets."""
+    """List the fields and class variables that a class has or sets, and the methods it has to define or offers."""
     helps = attribute_docs(base)
     own = inspect.get_annotations(base)
     if is_dataclass(base):
@@ -262,7 +265,10 @@ def _members(base: type) -> list[str]:
         if not name.startswith("_") and name != "model_config"
         for line in _item(f"`{name}: {annotation}`", helps.get(name, ""))
     ]
-    for name in sorted(getattr(base, "__abstractmethods__", ())):
+    methods = sorted(getattr(base, "__abstractmethods__", ()))
+    if getattr(base, "_is_protocol", False):
+        methods = [name for name, value in vars(base).items() if inspect.isfunction(value) and not name.startswith("_")]
+    for name in methods:
         method = getattr(base, name)
         about = " ".join((inspect.getdoc(method) or "").split())
         lines += _item(f"`{name}{inspect.signature(method)}`".replace("'", ""), about)

@@ -141,7 +141,8 @@ class FindInputs:
 class ModelStrategy(AnyStrategy):
     """Provide a strategy that runs the model to find directions, by training them or by trying them.
 
-    It sees the training prompts alone: the validation prompts choose among what it finds, the test prompts judge.
+    It sees the training prompts alone: the validation prompts choose among what it finds, the test prompts judge. One
+    that runs no backward pass overrides the property `needs_gradients` to say so.
     """
 
     needs: ClassVar[Literal["model"]] = "model"

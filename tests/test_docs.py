@@ -26,12 +26,14 @@ import typer
 import yaml
 
 from refusalkit import reference
+from refusalkit.builtin.adapters import LLAMA
 from refusalkit.cli import app
 from refusalkit.pipeline import execute
 from refusalkit.plan import make_plan, read_pools
 from refusalkit.recipe import Recipe, json_schema
 from refusalkit.recipe_file import Source, check, load_recipe
 from refusalkit.registry import Registry, load_registry
+from refusalkit.testing import check_model_strategy, random_engine
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -313,3 +315,24 @@ def test_the_plugin_that_is_shown_works(tmp_path: Path) -> None:
     assert len(checks) == 3
     for run in checks:
         run()
+
+
+def test_the_strategy_that_is_shown_to_run_the_model_improves_on_the_difference_in_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _plugin(DOCS / "how-to" / "write-a-plugin.md", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    plugin = importlib.import_module("refusalkit_descent")
+    known = load_registry([plugin], entry_points=False)
+    laws = check_model_strategy(plugin.Descent(layer=2, steps=2), random_engine("LlamaForCausalLM", LLAMA))
+    assert not [str(law) for law in laws if not law.holds]
+    costs = []
+    for find in ({"strategy": "descent", "layer": 5}, "difference_in_means"):
+        shown = {"name": "shown", "find": find, "select": {"selector": "fixed", "layer": 5}}
+        short = {**shown, "model": {"id": "tiny:llama"}}
+        prompts = {"harmful": "tiny:harmful", "harmless": "tiny:harmless", "train": 12, "validation": 8, "test": 4}
+        recipe = _recipe({**short, "prompts": prompts}, known)
+        out = tmp_path / recipe.find.strategy
+        execute(make_plan(recipe, tmp_path, known), out, until="select")
+        costs.append(next(row["kl_nats"] for row in json.loads((out / "scores.json").read_text()) if row["kl_nats"]))
+    assert costs[0] < 0.8 * costs[1]

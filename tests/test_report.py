@@ -89,7 +89,7 @@ def score_row(place: tuple[int, int], n_layers: int, dice: random.Random) -> Sco
     row = ScoreRow(position=index, layer=layer, refusal_score=None, induced_score=None, kl_nats=None, status="")
     if layer == 0 and index > -4:
         same = {"refusal_score": 6.0, "induced_score": -7.0, "kl_nats": 0.0}
-        return row.model_copy(update={**same, "status": "no difference between harmful and harmless here"})
+        return row.model_copy(update={**same, "status": "no direction was found here"})
     if layer >= 0.8 * n_layers:
         return row.model_copy(update={"status": "in the last layers, which are pruned"})
     strength = math.sin(math.pi * (layer + 1) / n_layers) * (1 + 0.15 * index)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-NO_DIFFERENCE = "no difference between harmful and harmless here"
+NOTHING_FOUND = "no direction was found here"
 PRUNED = "in the last layers, which are pruned"
 SCREENED = "not among the best by the gradient estimate"
 NOT_A_NUMBER = "a score is not a number"
@@ -124,7 +124,7 @@ class Causal(Selector):
                 # An exact no-op: its scores are the unmodified model's, without running anything.
                 table.bypass[candidate], table.induced[candidate] = baseline
                 table.kl[candidate] = 0.0
-                table.fell[candidate] = NO_DIFFERENCE
+                table.fell[candidate] = NOTHING_FOUND
             elif candidate.layer >= first_pruned:
                 table.fell[candidate] = PRUNED
 
@@ -199,7 +199,7 @@ class Causal(Selector):
                 f"position {best.position}, layer {best.layer} induces refusal ({induces[best]:.2f}) "
                 f"but its {kl} is above {self.max_kl_nats:g} nats"
             )
-        scored = {c: s for c, s in table.induced.items() if table.fell.get(c) not in (NO_DIFFERENCE, PRUNED)}
+        scored = {c: s for c, s in table.induced.items() if table.fell.get(c) not in (NOTHING_FOUND, PRUNED)}
         if not scored:
             return "no candidate could be scored"
         best = max(scored, key=lambda c: scored[c])

@@ -30,10 +30,10 @@ def select(selector: Selector, candidates: Candidates, splits: PromptSplits, ben
     row = candidates.positions.index(chosen.position)
     if not candidates.directions[row, chosen.layer].any():
         raise RunError(
-            f"the direction at position {chosen.position}, layer {chosen.layer} is zero: harmful and harmless prompts "
-            "do not differ there",
+            f"the direction at position {chosen.position}, layer {chosen.layer} is zero: nothing was found there",
             where="select",
-            hint="choose another place: layer 0 reads the token alone, and template tokens are the same everywhere",
+            hint="choose another place: at layer 0 template tokens are the same in all prompts, and a strategy that "
+            "trains a direction finds it at one place alone",
         )
     return Choice(
         selector=selector.selector,

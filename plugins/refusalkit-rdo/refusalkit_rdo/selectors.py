@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from refusalkit.builtin.selectors import NOTHING_FOUND
 from refusalkit.selector import Measure, Score, SelectInputs, Selection, Selector, Subject
 from refusalkit_rdo.strategies import Sampling
 
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from refusalkit_rdo.place import Place
-
-NOTHING_FOUND = "nothing was trained here"
 
 
 class Cone(Selector):

@@ -115,8 +115,8 @@ class RefusalCone(Trained):
     strategy: Literal["refusal_cone"] = "refusal_cone"
     rank: Annotated[int, Field(ge=2, strict=True)] = 2
     """The number of basis vectors."""
-    samples: Count = 8
-    """Directions of the cone in each step."""
+    samples: Count = 2
+    """Directions that each prompt tries in each step; every four prompts draw others. The authors take 8."""
     sampling: Sampling = "hypersphere"
     """How directions are drawn: evenly in angle, or as convex combinations of the basis with log-normal weights."""
 

@@ -22,6 +22,8 @@ Loss = Callable[[Tensor, Sequence[int]], Tensor]
 BETAS = (0.9, 0.98)
 LARGEST_GRADIENT = 10.0
 LEARNING_RATE_CUTS = 2
+#: So many prompts try the same directions of a cone: fewer would make more of them, but passes too small to be fast.
+SHARING = 4
 
 
 def train_orthogonal(objective: Objective, settings: Trained, rank: int, given: Sequence[Tensor]) -> Tensor:
@@ -53,15 +55,18 @@ def train_independent(objective: Objective, settings: Trained, rank: int, weight
 def train_cone(objective: Objective, settings: Trained, rank: int, sampled: tuple[int, Sampling]) -> Tensor:
     """Train the basis of a cone, from one vector up: [rank, d_model] orthonormal.
 
-    The loss is the mean over the basis vectors plus the mean over directions drawn from the cone.
+    The loss is the mean over the basis vectors plus the mean over directions drawn from the cone, which every few
+    prompts draw for themselves.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     samples, sampling = sampled
 
     def loss(rows: Tensor, prompts: Sequence[int]) -> Tensor:
         total = objective.loss(rows, prompts)
-        if len(rows) > 1:
-            total = total + objective.loss(draw(rows, samples, sampling, generator), prompts)
+        for start in range(0, len(prompts), SHARING) if len(rows) > 1 else ():
+            few = prompts[start : start + SHARING]
+            drawn = objective.loss(draw(rows, samples, sampling, generator), few)
+            total = total + drawn * len(few) / len(prompts)
         return total
 
     basis = _random(objective, generator)[:0]
