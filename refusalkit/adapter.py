@@ -9,8 +9,10 @@ attribute notation: `model.layers`, `self_attn.o_proj.weight`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Adapter:
     """Why no weight edit equals directional ablation here; None claims that they are equal (after untying)."""
     refuses: Refusal | None = None
     """Why checkpoints of these architectures are turned away; an adapter that refuses all needs no writes."""
+    tiny: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Settings of the configuration that the laws need to build a tiny random model, beside the usual ones."""
 
     def matches(self, architecture: str, model_id: str) -> int:
         """Rank the match: 0 for none, 1 for the architecture, 2 for the architecture and the model id."""

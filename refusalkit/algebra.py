@@ -50,6 +50,19 @@ def orthonormal(vectors: Tensor) -> Tensor:
     return basis
 
 
+def minus_projection(directions: Tensor, others: Tensor, share: float = 1.0) -> Tensor:
+    """Return `directions` without their projection on the span of `others`, or without a share of it.
+
+    Both [position, layer, d_model] or [position, layer, rank, d_model], ranks of their own. What is left of a direction
+    that lies within the span is rounding, and becomes zero. Computed in float64.
+    """
+    rows, span = (x.double().reshape(*x.shape[:2], -1, x.shape[-1]) for x in (directions, others))
+    left = rows - share * (rows @ torch.linalg.pinv(span) @ span)
+    norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (left, rows)]
+    kept: Tensor = left.masked_fill(norms[0] <= 1e-6 * norms[1], 0.0)
+    return kept.reshape(directions.shape)
+
+
 def widen(x: Tensor) -> Tensor:
     """Return `x` in float32, or unchanged when it is wider already."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

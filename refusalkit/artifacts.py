@@ -12,9 +12,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from refusalkit.intervention import Site
-from refusalkit.metric import Side
+from refusalkit.metric import SIDES, Side
+from refusalkit.strategy import Captured
 
 Split = Literal["train", "validation", "test"]
+
+#: What stands beside the tensors of a stage, so that a file can be understood alone.
+LAYER_CONVENTION = "layer l is the block whose input is resid_pre[l]"
+AS_FOUND = "directions as found, not normalised: ablate removes the unit vector, steer adds as is"
 
 # JSON has no not-a-number: it is written as null and read back as NaN where a number must stand.
 MaybeNaN = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
@@ -69,12 +74,14 @@ class Openers(Frozen):
 
 
 class PromptSplits(Artifact):
-    """Hold the prompts of both sides and every split, after the filter, and how they are rendered."""
+    """Hold the prompts of every side and split, after the filter, and how they are rendered."""
 
     stage = "prompts"
 
     harmful: dict[Split, tuple[str, ...]]
     harmless: dict[Split, tuple[str, ...]]
+    over_refusal: dict[Split, tuple[str, ...]] | None = None
+    """None where the recipe names none."""
     positions: tuple[int, ...]
     """The positions to capture: negative, counted from the end of the rendered prompt, ascending."""
     position_tokens: tuple[str, ...]
@@ -85,9 +92,15 @@ class PromptSplits(Artifact):
     """What the filter did; empty when it is off."""
     duplicates_dropped: int = 0
 
+    @property
+    def sides(self) -> dict[Side, dict[Split, tuple[str, ...]]]:
+        """The prompts of every side there is, by split."""
+        present = {side: getattr(self, side) for side in SIDES}
+        return {side: splits for side, splits in present.items() if splits is not None}
+
     def of(self, side: Side, split: Split) -> tuple[str, ...]:
-        """Return the prompts of one side and split."""
-        return (self.harmful if side == "harmful" else self.harmless)[split]
+        """Return the prompts of one side and split; none where there is no such side."""
+        return self.sides.get(side, {}).get(split, ())
 
 
 class Activations(Artifact):
@@ -104,8 +117,21 @@ class Activations(Artifact):
     n_harmful: int
     n_harmless: int
     harmful_samples: Tensor | None = None
-    """[prompt, position, layer, d_model] float32, where the strategy needs them."""
+    """[prompt, position, layer, d_model] float32, where the strategy or the selector needs them."""
     harmless_samples: Tensor | None = None
+    over_refusal_mean: Tensor | None = None
+    """[position, layer, d_model] float64; this and what follows, where the strategy finds from over-refusal prompts."""
+    n_over_refusal: int = 0
+    over_refusal_samples: Tensor | None = None
+
+    @property
+    def captured(self) -> dict[Side, Captured]:
+        """What strategies are given, by side."""
+        return {
+            side: Captured(mean, getattr(self, f"n_{side}"), getattr(self, f"{side}_samples"))
+            for side in SIDES
+            if (mean := getattr(self, f"{side}_mean")) is not None
+        }
 
 
 class Candidates(Artifact):
@@ -114,10 +140,16 @@ class Candidates(Artifact):
     stage = "find"
 
     strategy: str
+    """With what was done to its directions afterwards."""
     site: Site
     positions: tuple[int, ...]
     directions: Tensor
     """[position, layer, d_model] or [position, layer, rank, d_model] float64, as found (not normalised)."""
+    cosines: Tensor | None = None
+    """[position, layer] float64: of each direction, or the first row of a subspace, with the difference in means there;
+    not-a-number where one of the two is zero, and None where the activations are not known."""
+    repairs: bool = False
+    """Whether it was found from over-refusal prompts, to answer them."""
 
 
 class ScoreRow(Frozen):
@@ -144,8 +176,10 @@ class Choice(Artifact):
     direction: Tensor
     """[d_model] or [rank, d_model] float64, as found."""
     scores: tuple[ScoreRow, ...]
-    baseline_refusal_score: float
-    baseline_harmless_score: float
+    baseline_refusal_score: float | None
+    baseline_harmless_score: float | None
+    cosine: MaybeNaN | None = None
+    """Between the direction, of a subspace the first row, and the difference in means at the same place."""
 
     @property
     def chosen(self) -> ScoreRow:
@@ -156,6 +190,18 @@ class Choice(Artifact):
     def n_survivors(self) -> int:
         """How many candidates passed every filter, the chosen one included."""
         return sum(row.status in ("chosen", "survivor") for row in self.scores)
+
+
+class Unmodified(Artifact):
+    """Hold what the unmodified model writes to the test prompts, with which every intervention is compared.
+
+    No stage of its own: it is made during `evaluate`, and kept apart because it does not depend on any direction.
+    """
+
+    stage = "baseline"
+
+    completions: dict[Side, tuple[tuple[int, ...], ...]]
+    """Greedy completions as token ids, one a test prompt, of the sides on which a metric looks at them."""
 
 
 class Result(Frozen):
@@ -172,6 +218,10 @@ class Result(Frozen):
     """How many prompts the number rests on; those without a value are not counted."""
     unit: str
     kind: Literal["rate", "mean"]
+    values: tuple[MaybeNaN, ...] = ()
+    """One value a test prompt, in their order; not-a-number where a prompt has none."""
+    weights: tuple[float, ...] | None = None
+    """What each prompt counts in the mean; null for equally."""
 
 
 class Generated(Frozen):

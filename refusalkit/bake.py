@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from refusalkit import algebra
-from refusalkit.artifacts import Choice
+from refusalkit.artifacts import LAYER_CONVENTION, Choice
 from refusalkit.checkpoint import Checkpoint
 from refusalkit.engine.load import load_module
 from refusalkit.engine.weights import Edited, orthogonalize
 from refusalkit.errors import InputError
-from refusalkit.store import cannot_write, write_json, write_text
+from refusalkit.store import whole_folder, write_json, write_text
 
 
 def bake(checkpoint: Checkpoint, choice: Choice, out: Path) -> Edited:
@@ -27,25 +26,17 @@ def bake(checkpoint: Checkpoint, choice: Choice, out: Path) -> Edited:
     module = load_module(checkpoint)
     vectors = choice.direction.reshape(-1, choice.direction.shape[-1])
     edited = orthogonalize(module, checkpoint.adapter, algebra.orthonormal(vectors))
-    record = _record(checkpoint, choice, edited)
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        draft.mkdir(parents=True)
+    said = record(checkpoint, choice.layer, choice.position, edited)
+    with whole_folder(out) as draft:
         module.save_pretrained(draft)
         checkpoint.tokenizer.save_pretrained(draft)
-        write_json(draft / "refusalkit.json", record)
-        write_text(draft / "README.md", _card(record))
-        if out.exists():
-            out.rmdir()
-        os.replace(draft, out)
-    except OSError as error:
-        raise cannot_write(out, error) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        write_json(draft / "refusalkit.json", said)
+        write_text(draft / "README.md", card(said))
     return edited
 
 
-def _record(checkpoint: Checkpoint, choice: Choice, edited: Edited) -> dict[str, Any]:
+def record(checkpoint: Checkpoint, layer: int | None, position: int | None, edited: Edited) -> dict[str, Any]:
+    """Return what programs are told of weights without the direction that was found at `layer` and `position`."""
     import refusalkit
 
     return {
@@ -55,9 +46,9 @@ def _record(checkpoint: Checkpoint, choice: Choice, edited: Edited) -> dict[str,
         "base_model": checkpoint.section.id,
         "base_revision": checkpoint.revision,
         "adapter": checkpoint.adapter.name,
-        "position": choice.position,
-        "layer": choice.layer,
-        "layer_convention": "layer l is the block whose input is resid_pre[l]",
+        "position": position,
+        "layer": layer,
+        "layer_convention": LAYER_CONVENTION,
         "equivalent_to_ablation": checkpoint.adapter.inexact is None,
         "why_not_equivalent": checkpoint.adapter.inexact,
         "unembedding_untied": edited.untied,
@@ -65,7 +56,9 @@ def _record(checkpoint: Checkpoint, choice: Choice, edited: Edited) -> dict[str,
     }
 
 
-def _card(record: dict[str, Any]) -> str:
+def card(record: Mapping[str, Any]) -> str:
+    """Return the model card that belongs to a record."""
+    place = {key: "not known" if record[key] is None else record[key] for key in ("layer", "position")}
     same = (
         "By construction this equals removing the direction from the activations at every layer and token."
         if record["equivalent_to_ablation"]
@@ -89,7 +82,7 @@ was made from. Do not deploy it, and do not judge the base model's safety by it.
 | base model | {record["base_model"]} |
 | base revision | {record["base_revision"]} |
 | operation | weight orthogonalization (Arditi et al. 2024, arXiv 2406.11717) |
-| direction from | layer {record["layer"]}, position {record["position"]} ({record["layer_convention"]}) |
+| direction from | layer {place["layer"]}, position {place["position"]} ({record["layer_convention"]}) |
 | parameters changed | {len(record["edited_parameters"])} (listed in `refusalkit.json`) |
 | made by | {record["made_by"]} |
 

@@ -90,6 +90,15 @@ def open_checkpoint(section: ModelSection, registry: Registry) -> Checkpoint:
     return Checkpoint(section, source, _revision(source, config), config, tokenizer, adapter)
 
 
+def skeleton(section: ModelSection, config: Any) -> Any:
+    """Build the transformers model of a configuration without its weights, on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+
+
 def cached_commit(hub: str) -> str | None:
     """Return the commit of a hub model whose weights are in this machine's cache; never reaches for the network."""
     from transformers.utils import cached_file
@@ -165,12 +174,7 @@ def _check_not_refused(section: ModelSection, config: Any, adapter: Adapter) -> 
 
 def _check_fits(section: ModelSection, config: Any, adapter: Adapter) -> None:
     """Refuse an adapter named in the recipe whose modules this architecture does not have."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
-    known = {name for name, _ in model.named_modules()}
+    known = {name for name, _ in skeleton(section, config).named_modules()}
     missing = [
         path
         for path in (adapter.embedding, adapter.blocks, adapter.final_norm, adapter.unembedding)

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from refusalkit.errors import InputError, RefusalkitError
+from refusalkit import safety_commands
+from refusalkit.errors import InputError, Interrupted, RefusalkitError
+from refusalkit.plugin_commands import plugin_app
 
 if TYPE_CHECKING:
+    from refusalkit.batch import Batch
     from refusalkit.plan import Plan
     from refusalkit.recipe import Recipe
     from refusalkit.registry import Registry
@@ -31,6 +34,9 @@ app = typer.Typer(
 )
 tiny_app = typer.Typer(help="The embedded models: small enough to try everything, no evidence about real ones.")
 app.add_typer(tiny_app, name="tiny")
+ndif_app = typer.Typer(help="Servers that run models for others: NDIF, or your own.", no_args_is_help=True)
+app.add_typer(ndif_app, name="ndif")
+app.add_typer(plugin_app, name="plugin")
 
 
 class Until(StrEnum):
@@ -44,14 +50,18 @@ class Until(StrEnum):
     report = "report"
 
 
+class Done(StrEnum):
+    """Name what a file may do with a direction."""
+
+    ablate = "ablate"
+    steer = "steer"
+
+
+RecipePaths = Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes in YAML.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set model.dtype=float32")
 ]
-
-
-class Interrupted(BaseException):
-    """Stop on Ctrl-C; nothing in between may take it for an ordinary error."""
 
 
 def main() -> None:
@@ -65,13 +75,13 @@ def main() -> None:
     except RefusalkitError as error:
         _say(error)
         sys.exit(error.exit_status)
-    except Interrupted:
-        print("\ninterrupted; finished stages are kept, and the same command goes on from there", file=sys.stderr)
+    except Interrupted as stop:
+        print(f"\ninterrupted; {stop}", file=sys.stderr)
         sys.exit(130)
 
 
 def _interrupt(*_: object) -> None:
-    raise Interrupted
+    raise Interrupted("finished stages are kept, and the same command goes on from there")
 
 
 def _say(error: RefusalkitError) -> None:
@@ -99,22 +109,54 @@ def _out(plan: Plan, out: Path | None) -> Path:
     return out if out is not None else Path("runs") / plan.recipe.name
 
 
+def _plan_all(recipes: list[Path], settings: list[str] | None, out: Path | None) -> list[Batch]:
+    """Plan every run that the recipes ask for, and say of each recipe what is wrong with it."""
+    from refusalkit.batch import check_folders, plan_batch
+    from refusalkit.checkpoint import quiet
+    from refusalkit.registry import load_registry
+
+    if out is not None and len(recipes) > 1:
+        raise InputError(
+            "several recipes need several folders", where="--out", hint="leave it out: they go to runs/NAME"
+        )
+    quiet()
+    registry, batches, errors = load_registry(), [], []
+    for path in recipes:
+        try:
+            batches.append(plan_batch(path, settings or (), out, registry))
+        except InputError as error:
+            errors.append(error)
+    for found in errors[:-1]:
+        _say(found)
+    if errors:
+        raise errors[-1]
+    check_folders(batches)
+    return batches
+
+
 @app.command()
 def run(
-    recipe: RecipePath,
+    recipes: RecipePaths,
     out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/NAME.")] = None,
     until: Annotated[Until, typer.Option(help="Stop after this stage.")] = Until.report,
+    jobs: Annotated[int, typer.Option(min=1, help="How many runs at a time, each in a process of its own.")] = 1,
     settings: Settings = None,
 ) -> None:
-    """Run a recipe: find a direction, choose one, measure what it does, write a report.
+    """Run recipes: find a direction, choose one, measure what it does, write a report.
 
-    Finished stages are kept: an interrupted run goes on where it stopped.
+    Finished stages are kept: an interrupted run goes on where it stopped. Several recipes, and the runs of a sweep, are
+    all checked before the first starts; one that fails stops no other, and a table at the end says how each ended. A
+    sweep ends in a comparison of its runs.
     """
-    plan = _plan(recipe, settings)
-    folder = _out(plan, out)
-    _execute(plan, folder, until)
+    batches = _plan_all(recipes, settings, out)
+    if len(batches) > 1 or batches[0].is_sweep:
+        from refusalkit.many import run_batches
+
+        raise typer.Exit(run_batches(batches, until.value, jobs))
+    (planned,) = batches[0].runs
+    _execute(planned.plan, planned.out, until)
     if until is Until.report:
-        print(folder / "report.html")
+        print(planned.out / "report.html")
 
 
 def _execute(plan: Plan, folder: Path, until: Until = Until.report) -> None:
@@ -128,7 +170,7 @@ def _execute(plan: Plan, folder: Path, until: Until = Until.report) -> None:
         from refusalkit.run_directory import read_run
 
         finished = read_run(folder)
-        print(sentence(finished.choice, finished.evaluation), file=sys.stderr)
+        print(sentence(finished.choice, finished.evaluation, repairs=finished.candidates.repairs), file=sys.stderr)
 
 
 @app.command()
@@ -138,28 +180,29 @@ def plan(
     settings: Settings = None,
 ) -> None:
     """Show what a recipe would do, before any weight is loaded."""
-    made = _plan(recipe, settings)
-    from refusalkit.plan_text import describe
+    (batch,) = _plan_all([recipe], settings, out)
+    from refusalkit.plan_text import describe, describe_sweep
 
-    print(describe(made, _out(made, out)))
+    planned = batch.runs[0]
+    print(describe_sweep(batch) if batch.is_sweep else describe(planned.plan, planned.out))
 
 
 @app.command()
 def validate(recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes to check.")]) -> None:
     """Check recipes without running anything."""
-    from refusalkit.recipe_file import load_recipe
+    from refusalkit.recipe_file import load_members
     from refusalkit.registry import load_registry
 
     registry = load_registry()
     failed = False
     for path in recipes:
         try:
-            load_recipe(path, registry)
+            members = load_members(path, registry)
         except InputError as error:
             failed = True
             _say(error)
         else:
-            print(f"{path}: ok")
+            print(f"{path}: ok" + (f", {len(members)} runs" if members[0].run else ""))
     if failed:
         raise typer.Exit(2)
 
@@ -177,14 +220,15 @@ def schema() -> None:
 
 @app.command()
 def plugins() -> None:
-    """List everything installed and who provides it; broken plugins are listed with their error."""
+    """List every plugin, its version, whether it works, and all it provides; of a broken one, its error.
+
+    Exit status 1 says that one is broken. The others work all the same.
+    """
+    from refusalkit.plugin.listing import plugin_list
     from refusalkit.registry import load_registry
 
     registry = load_registry()
-    for (kind, name), owner in registry.owners.items():
-        print(f"{kind.removeprefix('refusalkit_'):<15} {name:<22} {owner}")
-    for broken in registry.broken:
-        print(f"{'broken':<15} {broken.owner!s:<22} {broken.error}")
+    print(plugin_list(registry))
     if registry.broken:
         raise typer.Exit(1)
 
@@ -227,6 +271,27 @@ def report(
     from refusalkit.pipeline import write_report
 
     print(write_report(folder, show_completions=show_completions))
+
+
+@app.command()
+def compare(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Finished runs' folders; a sweep's stands for all its runs.")
+    ],
+    out: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("comparison.html"),
+) -> None:
+    """Compare runs: a table here, and a page with charts, costs and paired tests against the first run.
+
+    Runs are tested against each other where their test prompts are the same, prompt by prompt.
+    """
+    from refusalkit.report.comparison import compare as compare_runs
+    from refusalkit.report.comparison_page import write_comparison
+    from refusalkit.report.comparison_text import text
+
+    comparison = compare_runs(folders)
+    write_comparison(comparison, out)
+    print(text(comparison))
+    print(out, file=sys.stderr)
 
 
 @app.command()
@@ -312,6 +377,73 @@ def bake(
     edited = write_checkpoint(checkpoint, choice, out)
     print(f"{len(edited.names)} parameters changed", file=sys.stderr)
     print(out)
+
+
+@ndif_app.callback()
+def ndif() -> None:
+    """Servers that run models for others: NDIF, or your own."""
+
+
+@ndif_app.command("status")
+def ndif_status(
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="Say whether its model can run.")] = None,
+    host: Annotated[str | None, typer.Option(help="The server; by default NDIF_HOST or nnsight's own.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Show what an NDIF server hosts and how its versions differ; nothing is sent to be run.
+
+    Exit status 1 says that the server cannot be reached.
+    """
+    from refusalkit.engine.server import chosen_host
+
+    plan = None
+    if recipe is not None:
+        chosen = [] if host is None else [f"model.host={host}"]
+        plan = _plan(recipe, [*(settings or ()), "model.where=ndif", *chosen])
+    address = plan.host if plan is not None and plan.host is not None else chosen_host(host)
+    from refusalkit.engine.status import look
+    from refusalkit.server_status import status_text
+
+    print(status_text(look(address), plan))
+
+
+app.command()(safety_commands.monitor)
+app.command()(safety_commands.audit)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A finished run's folder, or a file or folder.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The new file, or the new folder.")],
+    to: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="The format, where TARGET's name leaves it open.")
+    ] = None,
+    operation: Annotated[
+        Done | None, typer.Option("--as", help="What is done with the direction, where files leave it open.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="The layer, where SOURCE has several or none.")] = None,
+    position: Annotated[
+        int | None, typer.Option(max=-1, help="The position, where SOURCE has several or none.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A hub name, a folder or tiny:FAMILY, where SOURCE names none.")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(metavar="NUMBER", help="Multiples of the direction to add.")] = None,
+) -> None:
+    """Write a direction in the format of another tool, or read one, and say what the format does not hold.
+
+    Formats are told by name and content: run folders and safetensors of refusalkit, the paper's authors' runs, GGUF
+    control vectors, GLP, PEFT LoRA, lm-eval's `steered` and `.svec`.
+    """
+    from refusalkit.checkpoint import quiet
+    from refusalkit.interchange.content import Wanted
+    from refusalkit.interchange.convert import convert as write_as
+    from refusalkit.registry import load_registry
+
+    quiet()
+    wanted = Wanted(layer, position, model, None if operation is None else operation.value, scale)
+    print(write_as(source, target, to, wanted, load_registry()), file=sys.stderr)
+    print(target)
 
 
 @tiny_app.command("train")

@@ -37,6 +37,10 @@ class RunError(RefusalkitError):
     """The run failed, or its result could not mean anything."""
 
 
+class Interrupted(BaseException):
+    """Stop on Ctrl-C and say what is kept; nothing in between may take it for an ordinary error."""
+
+
 def nearest(name: str, names: Sequence[str]) -> str:
     """Return a hint that points from a misspelt `name` to the nearest valid one, or lists them all."""
     import difflib

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from refusalkit.metric import Metric
     from refusalkit.prompt_source import PromptSource
     from refusalkit.selector import Selector
-    from refusalkit.strategy import AnyStrategy
+    from refusalkit.strategy import Strategy
 
 #: The name of the hooks' project and of the entry-point group.
 NAME = "refusalkit"
@@ -33,8 +33,8 @@ def refusalkit_adapters() -> Sequence[Adapter]:  # type: ignore[empty-body]
 
 
 @hookspec
-def refusalkit_strategies() -> Sequence[type[AnyStrategy]]:  # type: ignore[empty-body]
-    """Return ways to find directions: `Strategy` or `ModelStrategy` classes, named under `find.strategy`."""
+def refusalkit_strategies() -> Sequence[type[Strategy]]:  # type: ignore[empty-body]
+    """Return ways to find directions: `Strategy` classes, named in a recipe under `find.strategy`."""
 
 
 @hookspec

@@ -185,8 +185,8 @@ class ActivationSpec(InterventionSpec):
     """Whether it acts in every layer, and not only in the one the direction was found in, where `layers` is null."""
 
     layers: Annotated[tuple[Ordinal, ...], Field(min_length=2, max_length=2)] | None = None
-    """The first and the last layer it acts in; null: every layer for what acts throughout the model, else the one the
-    direction was found in."""
+    """The first and the last layer it acts in; null: every layer for what acts on the whole stream (`ablate`,
+    `mean_ablate`, `angular`), for all else the layer the direction was found in."""
     where: Literal["all", "prompt", "generated", "last"] = "all"
     """Which tokens it changes: all, those of the prompt, those that are generated, or at each step the last one alone,
     from which the next token follows."""

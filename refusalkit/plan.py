@@ -12,21 +12,27 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import refusalkit
-from refusalkit.artifacts import Split
+from refusalkit.arithmetic import Find, content, fitted
+from refusalkit.artifacts import AS_FOUND, LAYER_CONVENTION, Split
 from refusalkit.checkpoint import Checkpoint, open_checkpoint
 from refusalkit.errors import InputError, nearest
-from refusalkit.metric import Side
-from refusalkit.prompt_split import check_leaks, split_pool, without_duplicates
+from refusalkit.metric import SIDES, Side
+from refusalkit.prompt_split import check_leaks, in_proportion, split_pool, without_duplicates
 from refusalkit.recipe import PromptFiles, PromptsSection, Recipe
 from refusalkit.registry import Registry
+from refusalkit.selector import Selector
+from refusalkit.stages.evaluate import WRITTEN
 from refusalkit.stages.prompts import Request
 from refusalkit.store import STAGES, content_key
+from refusalkit.strategy import Setting
 from refusalkit.template import ChatTemplate, Thinking
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+#: Ends the key of captured activations that hold every prompt's. What follows from the means does not depend on it.
+_SAMPLES = "+samples"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +45,35 @@ class Plan:
     template: ChatTemplate
     prompts: Request
     keys: Mapping[str, str]
-    """The content key of every stage."""
+    """The content key of every stage, and of the unmodified model's completions (`baseline`)."""
+    find: Find
+    """The section `find` as it runs on this model, its files looked up."""
+    host: str | None = None
+    """The NDIF server the model runs on; None for this machine."""
+    keeps_samples: bool = False
+    """Whether capture keeps every prompt's activations although this recipe asks for the means alone."""
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The sides whose activations are captured."""
+        return _sides(self.find)
+
+    @property
+    def needs(self) -> Literal["means", "samples"]:
+        """What capture keeps."""
+        return "samples" if self.keeps_samples else _needs(self.find, self.recipe.select)
+
+    def key(self, stage: str) -> str:
+        """Return the key to write the artifact of `stage` under."""
+        return self.keys[stage] + (_SAMPLES if stage == "capture" and self.needs == "samples" else "")
+
+    def accepts(self, stage: str) -> tuple[str, ...]:
+        """Return the keys under which a finished artifact of `stage` serves: samples come with the same means."""
+        if stage != "capture":
+            return (self.keys[stage],)
+        with_samples = self.keys[stage] + _SAMPLES
+        asks_for_samples = _needs(self.find, self.recipe.select) == "samples"
+        return (with_samples,) if asks_for_samples else (self.keys[stage], with_samples)
 
     @property
     def n_candidates(self) -> int:
@@ -55,24 +89,25 @@ class Plan:
             "model_revision": self.checkpoint.revision,
             "template_hash": self.template.digest(),
             "site": self.recipe.capture.site,
-            "layer_convention": "layer l is the block whose input is resid_pre[l]",
+            "layer_convention": LAYER_CONVENTION,
             "positions": ",".join(map(str, self.prompts.positions)),
-            "strategy": self.recipe.find.strategy,
-            "operation": "directions as found, not normalised: ablate removes the unit vector, steer adds as is",
+            "strategy": self.find.label,
+            "operation": AS_FOUND,
         }
 
 
-def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
+def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples: bool = False) -> Plan:
     """Resolve a recipe whose relative paths start at `folder`.
 
     Raises `InputError` for a model, adapter, prompt source or option that cannot be used.
     """
+    _check_remote(recipe)
     pools, dropped = read_pools(recipe.prompts, folder, registry)
     checkpoint = open_checkpoint(recipe.model, registry)
     _check_quantized(recipe)
-    template = _template(recipe, checkpoint)
+    template = chat_template(recipe, checkpoint)
     _check_interventions(recipe, checkpoint, template)
-    wanted = recipe.capture.positions
+    wanted = recipe.find.reads_at if recipe.capture.positions == "auto" else recipe.capture.positions
     if recipe.select.openers != "auto":
         _check_openers(recipe.select.openers, template)
     request = Request(
@@ -83,11 +118,48 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry) -> Plan:
         openers=recipe.select.openers,
         family_openers=checkpoint.adapter.family.openers,
         duplicates_dropped=dropped,
+        over_refusal=pools.get("over_refusal"),
+        openers_needed=recipe.prompts.filter or recipe.select.scores_refusals,
     )
-    return Plan(recipe, registry, checkpoint, template, request, _keys(recipe, registry, checkpoint, template, request))
+    _check_sides(recipe)
+    find = fitted(
+        recipe.find,
+        Setting(
+            folder,
+            request.positions,
+            template.positions(("instruction_end",))[0],
+            recipe.capture.site,
+            checkpoint.n_layers,
+            checkpoint.d_model,
+        ),
+    )
+    keys = _keys(recipe, find, registry, checkpoint, (template, request))
+    return Plan(recipe, registry, checkpoint, template, request, keys, find, _host(recipe), keeps_samples)
 
 
-def _template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
+def _sides(find: Find) -> tuple[Side, ...]:
+    """Return the sides that the strategies of a recipe find from."""
+    return tuple(side for side in SIDES if any(side in strategy.sides for strategy in find.strategies))
+
+
+def _needs(find: Find, select: Selector) -> Literal["means", "samples"]:
+    """Return what a recipe asks capture to keep."""
+    return "samples" if "samples" in {select.needs, *(strategy.needs for strategy in find.strategies)} else "means"
+
+
+def _check_sides(recipe: Recipe) -> None:
+    """Refuse what works on over-refusal prompts where the recipe names none."""
+    asking = [strategy.strategy for strategy in recipe.find.strategies if "over_refusal" in strategy.sides]
+    asking += [recipe.select.selector] if "over_refusal" in recipe.select.sides else []
+    if asking and recipe.prompts.over_refusal is None:
+        raise InputError(
+            f"{asking[0]} works on safe prompts that look harmful, and the recipe names none",
+            where="prompts.over_refusal",
+            hint="add `over_refusal:` below `prompts:`, such as builtin:over_refusal_safe",
+        )
+
+
+def chat_template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
     """Resolve how prompts are rendered, with the thinking mode off unless the recipe switches it on."""
     template = ChatTemplate(checkpoint.tokenizer, recipe.prompts.system, instead=recipe.prompts.chat_template)
     options: dict[str, Any] = dict(recipe.prompts.template_options)
@@ -115,6 +187,42 @@ def _template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
 
 def _words(template: ChatTemplate) -> set[str]:
     return set(re.findall(r"\b[A-Za-z_]\w*\b", str(template.source)))
+
+
+def _host(recipe: Recipe) -> str | None:
+    """Return the server that was chosen, where the model runs on one."""
+    if recipe.model.where == "local":
+        return None
+    from refusalkit.engine.server import chosen_host
+
+    return chosen_host(recipe.model.host)
+
+
+def _check_remote(recipe: Recipe) -> None:
+    """Refuse, before anything is sent, what a server that others use cannot do or must not be asked to."""
+    model = recipe.model
+    if model.where == "local":
+        if model.host is not None:
+            raise InputError(
+                "names a server, and the model runs on this machine",
+                where="model.host",
+                hint="add `where: ndif`, or leave it out",
+            )
+        return
+    local = "leave it out, or run with `model.where: local`"
+    if edits := [spec.label for spec in recipe.evaluate.interventions if spec.on_weights]:
+        raise InputError(
+            f"{edits[0]!r} edits weights, and others use the weights of a server's model",
+            where="evaluate.interventions",
+            hint=local,
+        )
+    for where, section in (("find", recipe.find), ("select", recipe.select)):
+        if section.needs_gradients:
+            raise InputError(
+                "needs gradients, which a server does not compute for code it does not trust", where=where, hint=local
+            )
+    if model.quantize != "none":
+        raise InputError("the server decides how weights are stored", where="model.quantize", hint=local)
 
 
 def _check_quantized(recipe: Recipe) -> None:
@@ -170,15 +278,17 @@ def _check_variable(name: str, template: ChatTemplate, where: str) -> None:
 def read_pools(
     section: PromptsSection, folder: Path, registry: Registry
 ) -> tuple[dict[Side, dict[Split, tuple[str, ...]]], int]:
-    """Read both sides' prompts and divide them into splits; also count the duplicates that were dropped.
+    """Read the prompts of every side and divide them into splits; also count the duplicates that were dropped.
 
     Raises `InputError` for a prompt that stands in two splits.
     """
     sizes = {"train": section.train, "validation": section.validation, "test": section.test}
-    declared: dict[Side, str | PromptFiles] = {"harmful": section.harmful, "harmless": section.harmless}
+    declared: dict[Side, str | PromptFiles | None] = {side: getattr(section, side) for side in SIDES}
     pools: dict[Side, dict[Split, tuple[str, ...]]] = {}
     dropped = 0
     for side, declaration in declared.items():
+        if declaration is None:
+            continue
         where = f"prompts.{side}"
         found: dict[str, tuple[str, ...]]
         if isinstance(declaration, PromptFiles):
@@ -191,7 +301,10 @@ def read_pools(
         distinct = {name: without_duplicates(prompts) for name, prompts in found.items()}
         dropped += sum(count for _, count in distinct.values())
         if "all" in distinct:
-            divided = split_pool(distinct["all"][0], sizes, section.seed, where)
+            whole = distinct["all"][0]
+            # Prompts that look harmful and are safe are rare, and other methods do without them.
+            asked = in_proportion(sizes, len(whole)) if side == "over_refusal" else sizes
+            divided = split_pool(whole, asked, section.seed, where)
             pools[side] = {split: divided[split] for split in SPLITS}
         else:
             pools[side] = {split: _at_most(distinct[split][0], sizes[split], section.seed) for split in SPLITS}
@@ -228,9 +341,19 @@ def read_source(address: str, folder: Path, registry: Registry, where: str) -> M
 
 
 def _keys(
-    recipe: Recipe, registry: Registry, checkpoint: Checkpoint, template: ChatTemplate, request: Request
+    recipe: Recipe,
+    find: Find,
+    registry: Registry,
+    checkpoint: Checkpoint,
+    prompts: tuple[ChatTemplate, Request],
 ) -> dict[str, str]:
-    """Return every stage's content key; each includes that of the stage before."""
+    """Return every stage's content key; each includes that of the stage before.
+
+    What only some recipes have is left out of the keys of the others.
+    """
+    template, request = prompts
+    others = [strategy.strategy for strategy in find.strategies[1:]]
+    extra_sides = [side for side in _sides(find) if side == "over_refusal"]
 
     def owner(kind: str, name: str) -> str:
         return str(registry.owner(f"refusalkit_{kind}", name))
@@ -242,10 +365,15 @@ def _keys(
             "adapter": [repr(checkpoint.adapter), owner("adapters", checkpoint.adapter.name)],
             "template": template.digest(),
             "request": [request.harmful, request.harmless, request.positions, request.filter, request.openers],
+            **({"over_refusal": request.over_refusal} if request.over_refusal else {}),
+            **({} if request.openers_needed else {"openers_needed": False}),
         },
-        # Means are captured for the model's strategies too, and shared with those that need no more.
-        "capture": {"site": recipe.capture.site, "needs": "samples" if recipe.find.needs == "samples" else "means"},
-        "find": {"section": recipe.find.model_dump(mode="json"), "owner": owner("strategies", recipe.find.strategy)},
+        "capture": {"site": recipe.capture.site, **({"sides": extra_sides} if extra_sides else {})},
+        "find": {
+            "section": content(find),
+            "owner": owner("strategies", find.strategy),
+            **({"others": [owner("strategies", name) for name in others]} if others else {}),
+        },
         "select": {
             "section": recipe.select.model_dump(mode="json"),
             "owner": owner("selectors", recipe.select.selector),
@@ -256,12 +384,11 @@ def _keys(
             + [owner("metrics", metric.metric) for metric in evaluate.metrics],
         },
     }
-    if recipe.find.needs == "model":
-        # What it makes of the model is our work as much as its owner's. The rest that decides its result (prompts,
-        # openers, template, model, dtype) is in the key of the stage before.
-        own["find"]["engine"] = refusalkit.__version__
     keys: dict[str, str] = {}
     parent = ""
     for stage in STAGES:
         parent = keys[stage] = content_key({"stage": stage, "parent": parent, "own": own[stage]})
-    return keys
+    sides = {side for metric in evaluate.metrics if metric.needs in WRITTEN for side in metric.sides}
+    sides &= set(request.sides)
+    written = {"sides": sorted(sides), "max_new_tokens": evaluate.max_new_tokens}
+    return {**keys, "baseline": content_key({"stage": "baseline", "parent": keys["prompts"], "own": written})}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from refusalkit.artifacts import Split
+from refusalkit.batch import Batch
 from refusalkit.checkpoint import Checkpoint
 from refusalkit.plan import SPLITS, Plan
-from refusalkit.recipe import Recipe
+from refusalkit.remote_cost import costs
+from refusalkit.report.wording import bytes_of
 from refusalkit.store import STAGES, Store
 from refusalkit.template import PINNED, ChatTemplate
 
@@ -29,21 +33,41 @@ def describe(plan: Plan, out: Path) -> str:
         ("model", f"{checkpoint.section.id} (revision {checkpoint.revision})"),
         ("", f"{checkpoint.architecture}, {checkpoint.n_layers} layers of {checkpoint.d_model}"),
         ("adapter", f"{checkpoint.adapter.name}, from {owner}"),
-        ("weights", f"{parameters / 1e6:.1f} M parameters, about {_human(size)} of memory, {recipe.model.where}"),
+        ("weights", f"{parameters / 1e6:.1f} M parameters, about {bytes_of(size)} of memory, {recipe.model.where}"),
+        *_server(plan),
         ("template", f"{before!r} … {after!r}"),
         *_template(plan.template),
-        *[(side, _counts(plan, side)) for side in ("harmful", "harmless")],
+        *[(side.replace("_refusal", "-ref."), _counts(splits)) for side, splits in plan.prompts.sides.items()],
         ("capture", f"{recipe.capture.site} at {len(plan.prompts.positions)} positions: {positions}"),
-        ("find", f"{recipe.find.strategy}: {_at_most(recipe)}{plan.n_candidates} candidates"),
+        ("find", f"{plan.find.label}: {plan.n_candidates} candidates"),
         ("select", f"{recipe.select.selector}, {_options(recipe.select)}"),
         ("evaluate", ", ".join(spec.label for spec in recipe.evaluate.interventions)),
         ("", ", ".join(metric.metric for metric in recipe.evaluate.metrics)),
-        *_gradients(recipe),
         *[("forward" if number == 0 else "", text) for number, text in enumerate(_passes(plan))],
         ("out", str(out)),
         *_done(plan, out),
     ]
     return "\n".join(f"{name:<9} {text}" for name, text in rows)
+
+
+def describe_sweep(batch: Batch) -> str:
+    """Return the first run's plan, how often each stage of the sweep is computed, and what is done in each run."""
+    first, runs = batch.runs[0], batch.runs
+    counts = []
+    for stage in (*STAGES, "baseline"):
+        times = len({run.plan.key(stage) for run in runs})
+        counts.append(f"{stage} {'once' if times == 1 else f'{times} times'}")
+    *stages, baseline = counts
+    width = max(len(str(run.member.run)) for run in runs)
+    done = [f"{run.member.run!s:<{width}}  {', '.join(_finished(run.plan, run.out)) or 'nothing yet'}" for run in runs]
+    rows = [
+        ("sweep", f"{len(runs)} runs over {', '.join(first.member.values)}, in {batch.folder}"),
+        ("computed", ", ".join(stages)),
+        ("", f"completions of the unmodified model {baseline.partition(' ')[2]}"),
+        *[("done" if number == 0 else "", text) for number, text in enumerate(done)],
+    ]
+    lines = [f"{name:<9} {text}".rstrip() for name, text in rows]
+    return "\n".join([*lines, "", "The first run:", "", describe(first.plan, first.out)])
 
 
 def _template(template: ChatTemplate) -> list[tuple[str, str]]:
@@ -60,15 +84,18 @@ def _template(template: ChatTemplate) -> list[tuple[str, str]]:
     return rows
 
 
-def _at_most(recipe: Recipe) -> str:
-    return "at most " if recipe.find.needs == "model" else ""
-
-
-def _gradients(recipe: Recipe) -> list[tuple[str, str]]:
-    """Name the stages that run backward passes."""
-    asked = {"find": recipe.find.needs_gradients, "select": recipe.select.needs_gradients}
-    stages = " and ".join(stage for stage, needed in asked.items() if needed)
-    return [("gradients", f"{stages}: through a model loaded here, which no shared server allows")] if stages else []
+def _server(plan: Plan) -> list[tuple[str, str]]:
+    """Say where the model runs, and at most how much is asked of whoever runs it there."""
+    if plan.host is None:
+        return []
+    stages = {stage: cost for stage, cost in costs(plan).items() if cost.jobs}
+    up, down = (sum(getattr(cost, way) for cost in stages.values()) for way in ("bytes_up", "bytes_down"))
+    counts = ", ".join(f"{stage} {cost.jobs}" for stage, cost in stages.items())
+    return [
+        ("server", plan.host),
+        ("jobs", f"about {sum(cost.jobs for cost in stages.values())}: {counts}"),
+        ("bytes", f"at most about {bytes_of(up)} up, {bytes_of(down)} down"),
+    ]
 
 
 def _options(section: Any) -> str:
@@ -76,32 +103,38 @@ def _options(section: Any) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items() if key != "selector")
 
 
-def _counts(plan: Plan, side: str) -> str:
-    splits = plan.prompts.harmful if side == "harmful" else plan.prompts.harmless
+def _counts(splits: Mapping[Split, tuple[str, ...]]) -> str:
     return ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
 
 
 def _passes(plan: Plan) -> list[str]:
     """Count forward passes of one prompt: exactly where that is possible, else the most there can be."""
-    asked = plan.prompts
-    train = len(asked.harmful["train"]) + len(asked.harmless["train"])
-    harmful, harmless = len(asked.harmful["validation"]), len(asked.harmless["validation"])
-    test = len(asked.harmful["test"]) + len(asked.harmless["test"])
+    sides = plan.prompts.sides
+    captured = sum(len(sides[side]["train"]) for side in plan.sides)
+    read, test = (sum(len(splits[split]) for splits in sides.values()) for split in ("train", "test"))
+    validation = {side: len(splits["validation"]) for side, splits in sides.items()}
+    # On harmless prompts two things are measured, on the others one.
+    a_candidate = validation["harmless"] + sum(validation[side] for side in plan.recipe.select.sides)
+    selecting = f"at most {plan.n_candidates * a_candidate}, most far fewer"
     acting = [spec for spec in plan.recipe.evaluate.interventions if spec.uses_direction]
     controls = sum(not spec.on_weights for spec in acting) * plan.recipe.evaluate.controls
     cases = 1 + len(acting) + controls
     return [
-        f"prompts {train + harmful + harmless} passes of one prompt, capture at most {train}",
-        f"select at most {plan.n_candidates * (2 * harmless + harmful)}, most far fewer",
+        f"prompts {read + sum(validation.values())} passes of one prompt, capture at most {captured}",
+        f"select {selecting if plan.recipe.select.runs_model else 'none'}",
         f"evaluate {cases * test} and as many completions of up to {plan.recipe.evaluate.max_new_tokens} tokens",
     ]
 
 
 def _done(plan: Plan, out: Path) -> list[tuple[str, str]]:
-    store = Store(out)
-    done = [stage for stage in STAGES if store.key(stage) == plan.keys[stage]]
+    done = _finished(plan, out)
     waiting = [stage for stage in STAGES if stage not in done]
     return [("done", ", ".join(done) or "nothing yet"), ("to do", ", ".join([*waiting, "report"]))]
+
+
+def _finished(plan: Plan, out: Path) -> list[str]:
+    store = Store(out)
+    return [stage for stage in STAGES if store.key(stage) in plan.accepts(stage)]
 
 
 def _weight(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -115,11 +148,3 @@ def _weight(checkpoint: Checkpoint) -> tuple[int, int]:
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters, parameters * _BYTES[checkpoint.dtype]
-
-
-def _human(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

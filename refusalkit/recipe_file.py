@@ -2,79 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from refusalkit.errors import InputError, nearest
 from refusalkit.recipe import Recipe, recipe_type
 from refusalkit.recipe_faults import KeyPath, described, explain, faults, nan_at
 from refusalkit.registry import Registry
+from refusalkit.sweep import Point, points
+
+M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Hold a parsed YAML document, the line on which every key stands, and what `--set` put in its place."""
+    """Hold a parsed YAML document, the line on which every key stands, and what was put in the place of keys."""
 
     path: Path
     data: dict[str, Any]
     lines: dict[KeyPath, int]
     settings: dict[KeyPath, str] = field(default_factory=dict)
+    """What `--set` put there."""
+    swept: dict[KeyPath, KeyPath] = field(default_factory=dict)
+    """Where in `sweep` the value of a key stands."""
+    run: str | None = None
+    """Which run of a sweep it is."""
 
     def where(self, keys: KeyPath) -> str:
         """Return `file:line: key.path`, or the setting, by the longest part of the path that is written down."""
-        shown = ".".join(str(key) for key in keys)
+        shown = ".".join(str(key) for key in keys) + (f" (run {self.run})" if self.run else "")
         for length in range(len(keys), 0, -1):
-            if keys[:length] in self.settings:
-                return f"--set {self.settings[keys[:length]]}"
-            line = self.lines.get(keys[:length])
+            here = keys[:length]
+            if here in self.swept:
+                written = (*self.swept[here], *keys[length:])
+                return Source(self.path, {}, self.lines, self.settings).where(written) + f": in the run {self.run}"
+            if here in self.settings:
+                return f"--set {self.settings[here]}"
+            line = self.lines.get(here)
             if line is not None:
                 return f"{self.path}:{line}: {shown}"
         return f"{self.path}: {shown}" if shown else str(self.path)
 
 
+class Words(NamedTuple):
+    """Say what a file is called in messages about it."""
+
+    what: str
+    start: str
+    """How to start one."""
+    example: str
+    """Where to find one."""
+
+
+RECIPE = Words("recipe", "start with `name:`, `model:` and `prompts:`", "`recipes/quickstart.yaml` is one")
+
+
+@dataclass(frozen=True)
+class Member:
+    """Hold one run that a recipe asks for: all of it, or one point of its sweep."""
+
+    recipe: Recipe
+    run: str | None = None
+    """The name within the sweep, and of its folder; null where there is no sweep."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """What the sweep sets for it, by dotted key."""
+
+
 def load_recipe(path: Path, registry: Registry, settings: Sequence[str] = ()) -> Recipe:
     """Read and check the recipe at `path`, after applying `settings` (`key.path=value`, the value in YAML).
 
-    Raises `InputError` with file, line, key path, what was seen and one hint.
+    Raises `InputError` with file, line, key path, what was seen and one hint, also for a sweep over several runs.
+    """
+    first, *others = load_members(path, registry, settings)
+    if others:
+        raise InputError(
+            f"is a sweep over {len(others) + 1} runs, and one is needed here",
+            where=str(path),
+            hint="`refusalkit run` runs them all; to choose one, leave one value in every list, as with --set "
+            + " --set ".join(f"'sweep.{key}={json.dumps([value])}'" for key, value in first.values.items()),
+        )
+    return first.recipe
+
+
+def load_members(path: Path, registry: Registry, settings: Sequence[str] = ()) -> tuple[Member, ...]:
+    """Read and check every run that the recipe at `path` asks for: one, or those of its sweep.
+
+    Raises `InputError` as `load_recipe` does; in a sweep it names the run as well.
     """
     source = read_source(path)
     for setting in settings:
         _apply(source, setting)
-    return check(source, registry)
+    if source.data.get("sweep", {}) == {}:
+        return (Member(check(source, registry)),)
+    _check_not_overruled(source)
+    members = [
+        Member(check(_at(source, point), registry), point.name, point.values)
+        for point in points(source.data["sweep"], source.where)
+    ]
+    asked = [member.recipe.model_dump(mode="json", serialize_as_any=True, exclude={"name"}) for member in members]
+    for number, one in enumerate(asked):
+        if one in asked[:number]:
+            raise InputError(
+                f"the runs {members[asked.index(one)].run} and {members[number].run} are the same",
+                where=source.where(("sweep",)),
+                hint="a key that another one sets as a whole comes after it",
+            )
+    return tuple(members)
 
 
-def read_source(path: Path) -> Source:
+def _check_not_overruled(source: Source) -> None:
+    """Refuse a setting that every run of the sweep would replace."""
+    for keys, setting in source.settings.items():
+        for key in source.data["sweep"] if isinstance(source.data["sweep"], dict) else ():
+            if keys[: len(str(key).split("."))] == tuple(str(key).split(".")):
+                raise InputError(
+                    f"the recipe sweeps over {key}, which takes the place of this",
+                    where=f"--set {setting}",
+                    hint=f"set the list: --set 'sweep.{key}=[VALUE]'; or no sweep at all: --set 'sweep={{}}'",
+                )
+
+
+def _at(source: Source, point: Point) -> Source:
+    """Return the recipe of one run of a sweep."""
+    data = copy.deepcopy({key: value for key, value in source.data.items() if key != "sweep"})
+    if isinstance(data.get("name"), str):
+        data["name"] += f"/{point.name}"
+    made = Source(source.path, data, dict(source.lines), dict(source.settings), {}, point.name)
+    for key, value in point.values.items():
+        keys: KeyPath = tuple(key.split("."))
+        written = ("sweep", key, point.indices[key])
+        for begun in _put(made, keys, copy.deepcopy(value), source.where(written)):
+            made.swept[begun] = written
+    return made
+
+
+def read_source(path: Path, words: Words = RECIPE) -> Source:
     """Parse the YAML at `path`, safely, remembering where every key stands."""
     lines: dict[KeyPath, int] = {}
-    data = _parse(_text(path), path, lines)
+    data = _parse(_text(path, words), path, lines)
     if not isinstance(data, dict):
-        raise InputError(
-            f"holds {described(data)}, not keys and values",
-            where=str(path),
-            hint="start with `name:`, `model:` and `prompts:`",
-        )
+        raise InputError(f"holds {described(data)}, not keys and values", where=str(path), hint=words.start)
     return Source(path, data, lines)
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, words: Words) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         names = sorted(entry.name for entry in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        hint = nearest(path.name, names) if names else "a recipe is a YAML file; `recipes/quickstart.yaml` is one"
-        raise InputError("no such recipe", where=str(path), hint=hint) from None
+        hint = nearest(path.name, names) if names else f"a {words.what} is a YAML file; {words.example}"
+        raise InputError(f"no such {words.what}", where=str(path), hint=hint) from None
     except IsADirectoryError:
-        raise InputError("this is a folder, not a recipe", where=str(path), hint="name the YAML file in it") from None
+        message = f"this is a folder, not a {words.what}"
+        raise InputError(message, where=str(path), hint="name the YAML file in it") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise InputError(
-            f"byte {error.start} is not UTF-8", where=f"{path}:{line}", hint="save the recipe as UTF-8"
-        ) from None
+        raise InputError(f"byte {error.start} is not UTF-8", where=f"{path}:{line}", hint="save it as UTF-8") from None
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path), hint="name a YAML file") from None
     except ValueError as error:  # a name with a null character never reaches the file system
@@ -96,14 +186,14 @@ def _parse(text: str, path: Path, lines: dict[KeyPath, int]) -> Any:
         raise InputError(
             f"not YAML: {error.problem or error.context}",
             where=f"{path}:{line}",
-            hint="write text, numbers, lists and keys only; tags are not for recipes"
+            hint="write text, numbers, lists and keys only; tags mean nothing here"
             if plain
             else "check the indentation and that text with ': ' or '#' in it is quoted",
         ) from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise InputError(
-            f"not YAML: {error.reason}", where=f"{path}:{line}", hint="a recipe is plain text without control codes"
+            f"not YAML: {error.reason}", where=f"{path}:{line}", hint="write plain text without control codes"
         ) from None
     except (RecursionError, ValueError) as error:  # a date that is none, a number too long, lists without end
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -136,28 +226,41 @@ def _index(node: yaml.Node, keys: KeyPath, path: Path, lines: dict[KeyPath, int]
 def _apply(source: Source, setting: str) -> None:
     key, separator, text = setting.partition("=")
     where = f"--set {setting}"
-    *parents, last = keys = tuple(key.strip().split("."))
+    keys: KeyPath = tuple(key.strip().split("."))
     if not separator or not all(keys):
         raise InputError("not of the form key=value", where=where, hint="for example --set model.dtype=float32")
+    if keys[0] == "sweep" and len(keys) > 2:
+        # The keys of a sweep hold dots themselves.
+        keys = ("sweep", ".".join(map(str, keys[1:])))
+    for begun in _put(source, keys, _value(text, where), where):
+        source.settings[begun] = setting
+
+
+def _put(source: Source, keys: KeyPath, value: Any, where: str) -> list[KeyPath]:
+    """Set one key, and return its path and those of the sections that had to be begun for it."""
+    *parents, last = keys
+    begun = []
     target: Any = source.data
     for depth, part in enumerate(parents):
         # A bare name (`select: causal`) stands for a mapping, so a setting below it turns it into one.
         if isinstance(target.get(part), str) and part in _NAMED_SECTIONS:
             target[part] = {_NAMED_SECTIONS[part]: target[part]}
         if part not in target:
-            source.settings[keys[: depth + 1]] = setting
+            begun.append(keys[: depth + 1])
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
             raise InputError(
-                f"{'.'.join(parents[: depth + 1])} is not a section", where=where, hint="set the whole value instead"
+                f"{'.'.join(map(str, keys[: depth + 1]))} is not a section",
+                where=where,
+                hint="set the whole value instead",
             )
-    target[last] = _value(text, where)
-    source.settings[keys] = setting
+    target[last] = value
     for written in [written for written in source.lines if written[: len(keys)] == keys]:
         del source.lines[written]
+    return [*begun, keys]
 
 
-_NAMED_SECTIONS = {"find": "strategy", "select": "selector"}
+_NAMED_SECTIONS: dict[str | int, str] = {"find": "strategy", "select": "selector"}
 
 
 def _value(text: str, where: str) -> Any:
@@ -170,10 +273,14 @@ def _value(text: str, where: str) -> Any:
 
 def check(source: Source, registry: Registry) -> Recipe:
     """Check parsed YAML against the recipe model; raise the first error in the words of the user's file."""
+    return checked(source, recipe_type(registry), registry)
+
+
+def checked(source: Source, made: type[M], registry: Registry) -> M:
+    """Check parsed YAML against a model; raise the first error in the words of the user's file."""
     nan = nan_at(source.data)
     if nan is not None:
         raise InputError("not a number", where=source.where(nan), hint="write a number, or leave the key out")
-    made = recipe_type(registry)
     try:
         return made.model_validate(source.data)
     except ValidationError as error:

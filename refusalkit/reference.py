@@ -24,16 +24,18 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from refusalkit import hookspecs
+from refusalkit import hookspecs, testing
 from refusalkit.adapter import Adapter, Family, Gain, Matrix, Refusal, Write
 from refusalkit.cli import app
-from refusalkit.intervention import InterventionSpec
-from refusalkit.metric import Metric
+from refusalkit.interchange.content import Trait
+from refusalkit.interchange.formats import FORMATS
+from refusalkit.intervention import ActivationSpec, Direction, Edit, Gate, Intervention, InterventionSpec
+from refusalkit.metric import Evidence, Metric, Values
 from refusalkit.prompt_source import PromptSource
 from refusalkit.recipe import PromptFiles, recipe_type
 from refusalkit.registry import Registry, load_registry
-from refusalkit.selector import Measure, Selector, Subject
-from refusalkit.strategy import AnyStrategy, Captured, DifferentiableSubject, FindInputs, ModelStrategy, Strategy
+from refusalkit.selector import Attribution, Measure, Score, SelectInputs, Selection, Selector, Subject
+from refusalkit.strategy import Captured, Strategy
 
 WIDTH = 80
 NOTICE = "<!-- Written by `python -m refusalkit.reference` from the help in the code. -->"
@@ -49,6 +51,7 @@ def pages() -> dict[str, str]:
         "recipe.md": recipe_page(registry),
         "command-line.md": command_line_page(),
         "hooks.md": hooks_page(registry),
+        "formats.md": formats_page(),
     }
 
 
@@ -95,11 +98,27 @@ def _choices(name: str, registry: Registry) -> list[str]:
         lines += ["", f"### `{where}`: `{choice}`", "", *_wrapped(_doc(provider))]
         helps = attribute_docs(provider)
         options = {
-            key: field for key, field in provider.model_fields.items() if not (field.default == choice and key != name)
+            key: field
+            for key, field in provider.model_fields.items()
+            if not (field.default == choice and key != name) and key not in _shared(provider)
         }
         keys = [line for key, field in options.items() for line in _key(key, field, helps.get(key))]
+        if _shared(provider):
+            keys += _item("`layers`, `where`, `steps`", "see below")
         lines += ["", *keys] if keys else []
+    if any(map(_shared, providers.values())):
+        lines += ["", f"### `{where}`: `layers`, `where`, `steps`", "", *_wrapped(_WINDOWS), ""]
+        fields = ActivationSpec.model_fields
+        lines += [line for key in _shared(ActivationSpec) for line in _key(key, fields[key])]
     return lines
+
+
+_WINDOWS = "Whatever acts on activations can be kept to some layers, some tokens and some decode steps."
+
+
+def _shared(provider: type[BaseModel]) -> tuple[str, ...]:
+    """Return the keys that a provider has in common with others, and which are described once."""
+    return tuple(inspect.get_annotations(ActivationSpec))[1:] if issubclass(provider, ActivationSpec) else ()
 
 
 def _key(name: str, field: FieldInfo, about: str | None = None) -> list[str]:
@@ -145,7 +164,8 @@ def _type(annotation: Any, metadata: typing.Sequence[Any] = (), key: str = "") -
     elif origin in (typing.Union, types.UnionType):
         text = " or ".join(_type(part) for part in arguments)
     elif origin is tuple:
-        text = f"list of {_type(arguments[0])}"
+        item = _type(arguments[0])
+        text = f"list of ({item})" if " or " in item else f"list of {item}"
     elif origin is dict:
         text = "keys and values"
     elif isinstance(annotation, type) and issubclass(annotation, InterventionSpec):
@@ -222,28 +242,34 @@ def _parts(annotation: Any) -> list[type]:
 
 # -- the hooks --------------------------------------------------------------------------------------------------
 
-_BASES: dict[str, tuple[str, tuple[type, ...]]] = {
-    "adapters": ("refusalkit_adapters", (Adapter, Write, Matrix, Gain, Refusal, Family)),
-    "strategies": (
-        "refusalkit_strategies",
-        (AnyStrategy, Strategy, Captured, ModelStrategy, FindInputs, DifferentiableSubject),
+#: What each hook returns first, then what it is made of, given and asked for; and its laws.
+_BASES: dict[str, tuple[tuple[type, ...], Callable[..., Any]]] = {
+    "adapters": ((Adapter, Write, Matrix, Gain, Refusal, Family), testing.check_adapter),
+    "strategies": ((Strategy, Captured), testing.check_strategy),
+    "selectors": (
+        (Selector, SelectInputs, Subject, Measure, Attribution, Selection, Score),
+        testing.check_selector,
     ),
-    "selectors": ("refusalkit_selectors", (Selector, Subject, Measure)),
-    "interventions": ("refusalkit_interventions", (InterventionSpec,)),
-    "metrics": ("refusalkit_metrics", (Metric,)),
-    "prompt_sources": ("refusalkit_prompt_sources", (PromptSource,)),
+    "interventions": (
+        (InterventionSpec, ActivationSpec, Direction, Intervention, Edit, Gate),
+        testing.check_intervention,
+    ),
+    "metrics": ((Metric, Evidence, Values), testing.check_metric),
+    "prompt_sources": ((PromptSource,), testing.check_prompt_source),
 }
 
 
 def hooks_page(registry: Registry) -> str:
     """List every hook, what it returns, and what is built in."""
     lines = ["# Hooks", "", NOTICE, "", *_paragraphs(hookspecs)]
-    for kind, (hook, bases) in _BASES.items():
+    for kind, (bases, laws) in _BASES.items():
+        hook = f"refusalkit_{kind}"
         function = getattr(hookspecs, hook)
         signature = f"def {hook}() -> {inspect.signature(function).return_annotation}: ..."
         lines += ["", f"## `{hook}`", "", "```text", signature, "```", "", *_paragraphs(function)]
         for base in bases:
             lines += ["", f"### `{base.__name__}`", "", *_paragraphs(base), "", *_members(base)]
+        lines += ["", "### Laws", "", *_wrapped(f"`refusalkit.testing.{laws.__name__}`: {_doc(laws)}")]
         lines += ["", "### Built in", ""]
         for name, value in getattr(registry, kind).items():
             lines += _item(f"`{name}`, from {registry.owner(hook, name).name}", _about(value))
@@ -251,7 +277,7 @@ def hooks_page(registry: Registry) -> str:
 
 
 def _members(base: type) -> list[str]:
-    """List the fields and class variables that a class has or sets, and the methods it has to define or offers."""
+    """List the fields, class variables and abstract methods that a provider has or sets."""
     helps = attribute_docs(base)
     own = inspect.get_annotations(base)
     if is_dataclass(base):
@@ -265,10 +291,8 @@ def _members(base: type) -> list[str]:
         if not name.startswith("_") and name != "model_config"
         for line in _item(f"`{name}: {annotation}`", helps.get(name, ""))
     ]
-    methods = sorted(getattr(base, "__abstractmethods__", ()))
-    if getattr(base, "_is_protocol", False):
-        methods = [name for name, value in vars(base).items() if inspect.isfunction(value) and not name.startswith("_")]
-    for name in methods:
+    asked = [name for name, value in vars(base).items() if inspect.isfunction(value) and not name.startswith("_")]
+    for name in sorted(getattr(base, "__abstractmethods__", ())) or (asked if base is Subject else ()):
         method = getattr(base, name)
         about = " ".join((inspect.getdoc(method) or "").split())
         lines += _item(f"`{name}{inspect.signature(method)}`".replace("'", ""), about)
@@ -303,6 +327,41 @@ def attribute_docs(cls: type) -> dict[str, str]:
             ):
                 found[field.target.id] = " ".join(str(after.value.value).split())
     return found
+
+
+# -- formats ----------------------------------------------------------------------------------------------------
+
+
+def formats_page() -> str:
+    """List the formats of directions that are read and written, and what each can say."""
+    intro = (
+        "`refusalkit convert SOURCE TARGET` reads and writes every one of them. Sources are told by name and content. "
+        "A target is told by how it ends; `--to` chooses where several end alike."
+    )
+    head = ("format", "ends in", "done with it", "subspace", "kept", "needs the model")
+    needs = {"nothing": "no", "model_type": "its configuration, where the source does not say", "model": "yes"}
+    rows = [
+        (
+            f"`{kind.name}`",
+            ", ".join(f"`{suffix}`" if suffix else "a folder" for suffix in kind.suffixes),
+            " or ".join(f"`{operation}`" for operation in kind.says) or "left open",
+            "yes" if kind.subspaces else "no",
+            ", ".join(trait for trait in typing.get_args(Trait) if trait in kind.keeps),
+            needs[kind.needs],
+        )
+        for kind in FORMATS
+    ]
+    table = [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+    items = [line for kind in FORMATS for line in _item(f"`{kind.name}`", f"{kind.what}. Cannot say {kind.limits}.")]
+    lines = ["# Formats", "", NOTICE, "", *_wrapped(intro), "", *table, "", *items, "", *_wrapped(_TRAITS)]
+    return "\n".join(lines) + "\n"
+
+
+_TRAITS = (
+    "*Kept* lists what survives: `digits` beyond float32, `length` of the rows of a subspace, `operation`, `layer` and "
+    "`position` of a direction that is removed everywhere (one that is added always has its layer), `provenance` "
+    "(model, template, strategy), and the rest of a `run` where the target is a folder."
+)
 
 
 # -- text -------------------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import os
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
 
@@ -24,7 +26,7 @@ from refusalkit.intervention import InterventionSpec
 from refusalkit.metric import Metric
 from refusalkit.prompt_source import PromptSource
 from refusalkit.selector import Selector
-from refusalkit.strategy import AnyStrategy, ModelStrategy, Strategy
+from refusalkit.strategy import Strategy
 
 #: Set to a comma-separated list of distributions to load only those, or to nothing for a clean room.
 PLUGINS_VARIABLE = "REFUSALKIT_PLUGINS"
@@ -62,7 +64,7 @@ class Registry:
     """Hold everything installed, by kind and name."""
 
     adapters: Mapping[str, Adapter]
-    strategies: Mapping[str, type[AnyStrategy]]
+    strategies: Mapping[str, type[Strategy]]
     selectors: Mapping[str, type[Selector]]
     interventions: Mapping[str, type[InterventionSpec]]
     metrics: Mapping[str, type[Metric]]
@@ -94,11 +96,24 @@ def load_registry(plugins: Iterable[object] = (), *, entry_points: bool = True) 
             try:
                 loading.add(point.load(), owner)
             except (Exception, SystemExit) as error:  # noqa: BLE001
-                said = error.message if isinstance(error, InputError) else str(error)
-                broken.append(BrokenPlugin(owner, f"{type(error).__name__}: {said}"))
+                broken.append(BrokenPlugin(owner, _told(error)))
     for plugin in plugins:
-        loading.add(plugin, Owner(getattr(plugin, "__name__", repr(plugin)), "unpackaged"))
+        loading.add(plugin, unpackaged(plugin))
     return _freeze(loading.provided, tuple(broken))
+
+
+def _told(error: BaseException) -> str:
+    """Say what a plugin raised, and on which line of which file; or what is wrong with what it returned."""
+    if isinstance(error, InputError):
+        return error.message
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames[-1].filename != __file__ else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def unpackaged(plugin: object) -> Owner:
+    """Name the owner of what a plugin provides that is handed over and not installed."""
+    return Owner(getattr(plugin, "__name__", repr(plugin)), "unpackaged")
 
 
 @dataclass
@@ -121,13 +136,21 @@ class _Loading:
                 where=str(owner),
                 hint=f"the hooks are listed in refusalkit/hookspecs.py; {PLUGINS_VARIABLE} says which plugins to load",
             ) from None
-        found = []
-        for kind in _KINDS:
-            for implementation in getattr(self.manager.hook, kind).get_hookimpls():
-                if implementation.plugin is plugin:
-                    values = implementation.function()
-                    found += [(kind, _name(kind, value), Provided(value, owner)) for value in _listed(kind, values)]
-        self.provided += found
+        hooks = [
+            (kind, implementation.function)
+            for kind in _KINDS
+            for implementation in getattr(self.manager.hook, kind).get_hookimpls()
+            if implementation.plugin is plugin
+        ]
+        if not hooks:
+            raise InputError(
+                "has no hook", where=str(owner), hint="mark a function of refusalkit/hookspecs.py with @hookimpl"
+            )
+        self.provided += [
+            (kind, _name(kind, value), Provided(value, owner))
+            for kind, function in hooks
+            for value in _listed(kind, function())
+        ]
 
 
 def _listed(kind: str, values: Any) -> list[Any]:
@@ -139,13 +162,12 @@ def _listed(kind: str, values: Any) -> list[Any]:
 def _name(kind: str, value: Any) -> str:
     """Return the name of a provided thing; raises `InputError` for what could not be used under it."""
     expected, key = _KINDS[kind]
-    names = " or ".join(base.__name__ for base in expected)
     if key is None:
         if not isinstance(value, expected):
-            raise _not_allowed(kind, f"{value!r}, which is no {names}")
+            raise _not_allowed(kind, f"{value!r}, which is no {expected.__name__}")
         return str(value.scheme if isinstance(value, PromptSource) else value.name)
     if not (isinstance(value, type) and issubclass(value, expected)):
-        raise _not_allowed(kind, f"{value!r}, which is no subclass of {names}")
+        raise _not_allowed(kind, f"{value!r}, which is no subclass of {expected.__name__}")
     if inspect.isabstract(value):
         missing = [name for name in dir(value) if getattr(getattr(value, name), "__isabstractmethod__", False)]
         raise _not_allowed(kind, f"{value.__name__}, which does not define {', '.join(missing)}")
@@ -159,13 +181,13 @@ def _not_allowed(kind: str, what: str) -> InputError:
 
 
 #: What each hook returns: values of a class, or subclasses named by the default of a field.
-_KINDS: Mapping[str, tuple[tuple[type[Any], ...], str | None]] = {
-    "refusalkit_adapters": ((Adapter,), None),
-    "refusalkit_strategies": ((Strategy, ModelStrategy), "strategy"),
-    "refusalkit_selectors": ((Selector,), "selector"),
-    "refusalkit_interventions": ((InterventionSpec,), "intervention"),
-    "refusalkit_metrics": ((Metric,), "metric"),
-    "refusalkit_prompt_sources": ((PromptSource,), None),
+_KINDS: Mapping[str, tuple[type[Any], str | None]] = {
+    "refusalkit_adapters": (Adapter, None),
+    "refusalkit_strategies": (Strategy, "strategy"),
+    "refusalkit_selectors": (Selector, "selector"),
+    "refusalkit_interventions": (InterventionSpec, "intervention"),
+    "refusalkit_metrics": (Metric, "metric"),
+    "refusalkit_prompt_sources": (PromptSource, None),
 }
 
 

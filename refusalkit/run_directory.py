@@ -47,23 +47,28 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise InputError("is not a folder", where=str(folder), hint="give the run directory that `refusalkit run` made")
     store = Store(folder)
-    missing = [name for name in READ_FILES if not (folder / name).is_file()]
-    missing += [f"{kind.stage}/" for kind in READ_STAGES if store.key(kind.stage) is None]
-    if missing:
+    if missing := missing_in(folder):
         raise InputError(f"is not a finished run: no {', '.join(missing)}", where=str(folder), hint=AGAIN)
     return Run(
         folder=folder,
-        recipe=_mapping(folder / "recipe.yaml"),
-        environment=_mapping(folder / "environment.json"),
-        summary=_mapping(folder / "summary.json"),
-        prompts=_artifact(store, PromptSplits),
-        candidates=_artifact(store, Candidates),
-        choice=_artifact(store, Choice),
-        evaluation=_artifact(store, Evaluation),
+        recipe=mapping_in(folder / "recipe.yaml"),
+        environment=mapping_in(folder / "environment.json"),
+        summary=mapping_in(folder / "summary.json"),
+        prompts=artifact_in(store, PromptSplits),
+        candidates=artifact_in(store, Candidates),
+        choice=artifact_in(store, Choice),
+        evaluation=artifact_in(store, Evaluation),
     )
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def missing_in(folder: Path) -> list[str]:
+    """Return what a finished run would have in `folder` and this one has not."""
+    store = Store(folder)
+    missing = [name for name in READ_FILES if not (folder / name).is_file()]
+    return missing + [f"{kind.stage}/" for kind in READ_STAGES if store.key(kind.stage) is None]
+
+
+def mapping_in(path: Path) -> dict[str, Any]:
     """Read a JSON or YAML file that holds a mapping."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -75,7 +80,8 @@ def _mapping(path: Path) -> dict[str, Any]:
     return value
 
 
-def _artifact(store: Store, kind: type[A]) -> A:
+def artifact_in(store: Store, kind: type[A]) -> A:
+    """Read one artifact, or say what is wrong with it."""
     where = str(store.folder / kind.stage)
     try:
         artifact = store.load(kind)

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,18 +33,23 @@ def content_key(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, payload: bytes) -> None:
     """Write `path` so that a reader sees the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(payload)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, atomically."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -55,17 +61,27 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     """Write tensors as safetensors with `metadata` that says what they are, atomically."""
     from safetensors.torch import save
 
-    payload = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=dict(metadata))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_bytes(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=dict(metadata)))
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Yield a draft that takes the place of `out` when the block ends; after an error there is none of it."""
+    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        yield draft
+        _remove(out)
+        os.replace(draft, out)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise cannot_write(path, error) from None
+        raise cannot_write(out, error) from None
+    except RunError as error:
+        # The draft's own name tells nobody anything.
+        error.where = str(out)
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def cannot_write(path: Path, error: OSError) -> RunError:
@@ -83,6 +99,15 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
 
 
 class Store:
@@ -107,14 +132,14 @@ class Store:
         whole = isinstance(document, dict) and isinstance(document.get("value"), dict) and "key" in document
         return document if whole else None
 
-    def load(self, kind: type[A], key: str | None = None) -> A | None:
-        """Return the artifact of `kind`, or None where there is none with this key (any key, when None).
+    def load(self, kind: type[A], keys: Collection[str] | None = None) -> A | None:
+        """Return the artifact of `kind`, or None where there is none under one of `keys` (any key, when None).
 
         Files that cannot be read count as none. Raises `ValidationError` for the value of another version when no key
-        is given; with a key it too counts as none, so that the stage is run again.
+        is given; with keys it too counts as none, so that the stage is run again.
         """
         head = self._head(kind.stage)
-        if head is None or (key is not None and head["key"] != key):
+        if head is None or (keys is not None and head["key"] not in keys):
             return None
         fields: dict[str, Any] = dict(head["value"])
         tensors = self.folder / kind.stage / "tensors.safetensors"
@@ -129,9 +154,41 @@ class Store:
         try:
             return kind.model_validate(fields)
         except ValidationError:
-            if key is None:
+            if keys is None:
                 raise
             return None
+
+    def adopt(self, stage: str, keys: Collection[str], beside: Iterable[Path]) -> Path | None:
+        """Take over the finished artifact of `stage` from the first run `beside` this one that has it under one of
+        `keys`, and return that run's folder; None where there is none.
+
+        Files are linked where the file system can, since they are never changed in place, and copied elsewhere.
+        """
+        final, draft = self.folder / stage, self._draft(stage)
+        for folder in beside:
+            if Store(folder).key(stage) not in keys:
+                continue
+            try:
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir(parents=True)
+                # Its key last: where the other run replaces the stage meanwhile, it is the new one's and does not fit.
+                for name in ("tensors.safetensors", "artifact.json"):
+                    if (folder / stage / name).exists():
+                        _link(folder / stage / name, draft / name)
+                if Store(self.folder).key(draft.name) in keys:
+                    _remove(final)
+                    os.replace(draft, final)
+                    return folder
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise cannot_write(final, error) from None
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        return None
+
+    def _draft(self, stage: str) -> Path:
+        return self.folder / f".{stage}.{os.getpid()}.tmp"
 
     def save(self, artifact: Artifact, key: str, metadata: Mapping[str, str]) -> None:
         """Write an artifact under `key`; the folder appears whole or not at all."""
@@ -142,22 +199,8 @@ class Store:
             for name in type(artifact).model_fields
             if isinstance(value := getattr(artifact, name), torch.Tensor)
         }
-        final = self.folder / artifact.stage
-        draft = self.folder / f".{artifact.stage}.{os.getpid()}.tmp"
-        try:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
+        with whole_folder(self.folder / artifact.stage) as draft:
             if tensors:
                 write_tensors(draft / "tensors.safetensors", tensors, metadata)
             value = json.loads(artifact.model_dump_json(exclude=set(tensors)))
             write_json(draft / "artifact.json", {"version": 1, "key": key, "metadata": dict(metadata), "value": value})
-            _remove(final)
-            os.replace(draft, final)
-        except OSError as error:
-            raise cannot_write(final, error) from None
-        except RunError as error:
-            # The draft's own name tells nobody anything.
-            error.where = str(final)
-            raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)

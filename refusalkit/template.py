@@ -29,6 +29,8 @@ _PINNING = "{{% macro strftime_now(format) %}}{{{{ format{} }}}}{{% endmacro %}}
     "".join(f" | replace('%{code}', '{PINNED.strftime('%' + code)}')" for code in "aAbBdHjmMSyY")
 )
 _THOUGHT, _THOUGHT_END = "<think>", "</think>"
+#: An instruction, or a conversation that ends with the user's turn: messages with `role` and `content`.
+Prompt = str | Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class ChatTemplate:
         """The template in Jinja, where there is one."""
         return self.instead if self.instead is not None else getattr(self.tokenizer, "chat_template", None)
 
-    def text(self, instruction: str) -> str:
+    def text(self, instruction: Prompt) -> str:
         """Return the prompt as text, up to where the answer starts: a thought before it is closed and empty."""
         rendered = self._rendered(instruction, self.options)
         return rendered + self._no_thought(rendered, instruction)
@@ -73,9 +75,11 @@ class ChatTemplate:
         tail = self._rendered(_PROBES[0], self.options).rpartition(_PROBES[0])[2]
         return bool(self.thinking.variable or self.thinking.header or _is_open(tail))
 
-    def _no_thought(self, rendered: str, instruction: str) -> str:
+    def _no_thought(self, rendered: str, instruction: Prompt) -> str:
         """Return what closes the thought that `rendered` opens, or lets the model open."""
-        tail = rendered.rpartition(instruction)[2]
+        last = instruction if isinstance(instruction, str) else instruction[-1]["content"]
+        # Templates may take the white space around a text away.
+        tail = rendered.rpartition(last.strip())[2]
         if self.thinking.header:
             return "" if tail.endswith(self.thinking.header) else self.thinking.header
         if _is_open(tail):
@@ -111,10 +115,15 @@ class ChatTemplate:
         """Whether the template asks what day it is."""
         return "strftime_now" in str(self.source)
 
-    def _rendered(self, instruction: str, options: Mapping[str, Any]) -> str:
-        messages = [{"role": "user", "content": instruction}]
-        if self.system is not None:
+    def _rendered(self, instruction: Prompt, options: Mapping[str, Any]) -> str:
+        messages = (
+            [{"role": "user", "content": instruction}]
+            if isinstance(instruction, str)
+            else [dict(message) for message in instruction]
+        )
+        if self.system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system})
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
         if not self.source:
             raise InputError(
                 "the tokenizer has no chat template" if self.instead is None else "is empty",
@@ -143,12 +152,12 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InputError(
                 f"the chat template refuses this: {error}",
-                where="prompts.system" if self.system is not None else "prompts.template_options",
+                where="prompts.system" if system is not None else "prompts.template_options",
                 hint="this model's template takes no system prompt; leave it out"
-                if self.system is not None
+                if system is not None
                 else "leave the options out, or read the template for what it takes",
             ) from None
-        if self.system is not None and self.system.strip() not in text:
+        if system is not None and system.strip() not in text:
             raise InputError(
                 "the chat template drops the system prompt",
                 where="prompts.system",
@@ -160,8 +169,8 @@ class ChatTemplate:
         """Return the token ids of a rendered text; the template has written the special tokens already."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def tokens(self, instruction: str) -> tuple[int, ...]:
-        """Return the token ids of a rendered instruction."""
+    def tokens(self, instruction: Prompt) -> tuple[int, ...]:
+        """Return the token ids of a rendered instruction or conversation."""
         return self.encode(self.text(instruction))
 
     def around(self) -> tuple[str, str]:

@@ -42,6 +42,7 @@ prompts:
   validation: 8
   test: 8
 evaluate:
+  interventions: [none, ablate, steer, orthogonalize]
   max_new_tokens: 8
 """
 
@@ -134,10 +135,19 @@ def command() -> Command:
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
 
     return run
+
+
+def install(site: Path, distribution: str, module: str, group: str = "refusalkit", version: str = "1.0") -> None:
+    """Do to a folder on the path what pip does in installing a plugin: name its entry point."""
+    info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    metadata = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+    (info / "METADATA").write_text(metadata, encoding="utf-8")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{module.partition('.')[0]} = {module}\n", encoding="utf-8")
 
 
 def one_hint(said: Sequence[str]) -> bool:

@@ -7,7 +7,6 @@ The convention: commands after `$ ` in a `console` block run, in order, in a fol
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shlex
@@ -17,7 +16,6 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,20 +23,24 @@ import torch
 import typer
 import yaml
 
-from refusalkit import reference
-from refusalkit.builtin.adapters import LLAMA
+from refusalkit import adapter, hookspecs, intervention, metric, prompt_source, reference, selector, strategy
 from refusalkit.cli import app
 from refusalkit.pipeline import execute
 from refusalkit.plan import make_plan, read_pools
 from refusalkit.recipe import Recipe, json_schema
-from refusalkit.recipe_file import Source, check, load_recipe
+from refusalkit.recipe_file import Source, check, load_members, load_recipe
 from refusalkit.registry import Registry, load_registry
-from refusalkit.testing import check_model_strategy, random_engine
+from tests.conftest import install
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-METHODS = sorted((ROOT / "recipes" / "methods").glob("*.yaml"))
+COMPARE = ROOT / "recipes" / "methods" / "compare.yaml"
+METHODS = sorted(path for path in COMPARE.parent.glob("*.yaml") if path != COMPARE)
+#: Pages that are followed by tests of their own.
+TUTORIAL, PLUGIN_PAGE = DOCS / "tutorial" / "from-zero.md", DOCS / "how-to" / "write-a-plugin.md"
+#: Those that are about finding a direction, and not about using it.
+FINDING = [path for path in METHODS if "\nfind:" in path.read_text(encoding="utf-8")]
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
 
 #: What the sandbox's copy of the quickstart asks for instead, so that a page takes seconds.
@@ -117,12 +119,16 @@ def test_every_recipe_is_here() -> None:
     ]
 
 
-@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.name)
-def test_every_method_runs_and_differs_from_the_others_in_one_line(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", FINDING, ids=lambda path: path.name)
+def test_every_way_of_finding_differs_from_the_others_in_one_line(path: Path) -> None:
     kept = re.compile("^(# |name:|find:)")
     assert [line for line in path.read_text(encoding="utf-8").splitlines() if not kept.match(line)] == [
-        line for line in METHODS[0].read_text(encoding="utf-8").splitlines() if not kept.match(line)
+        line for line in FINDING[0].read_text(encoding="utf-8").splitlines() if not kept.match(line)
     ]
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.name)
+def test_every_method_runs(path: Path, tmp_path: Path) -> None:
     registry = load_registry()
     changes = ["prompts.train=24", "prompts.validation=8", "prompts.test=8", "evaluate.max_new_tokens=4"]
     recipe = load_recipe(path, registry, changes)
@@ -131,8 +137,20 @@ def test_every_method_runs_and_differs_from_the_others_in_one_line(path: Path, t
 
 
 def test_every_strategy_that_needs_no_more_than_prompts_has_a_recipe(registry: Registry) -> None:
-    shown = {load_recipe(path, registry).find.strategy for path in METHODS}
+    shown = {load_recipe(path, registry).find.strategy for path in FINDING}
     assert shown == set(registry.strategies)
+
+
+def test_every_intervention_has_a_recipe(registry: Registry) -> None:
+    specs = [spec for path in METHODS for spec in load_recipe(path, registry).evaluate.interventions]
+    assert {name for spec in specs for name in spec.names} == set(registry.interventions)
+
+
+def test_the_comparison_asks_for_six_methods_and_a_control(registry: Registry) -> None:
+    members = load_members(COMPARE, registry)
+    assert len({member.recipe.find.strategy for member in members} - {"random", "shuffled"}) >= 6
+    assert members[-1].recipe.find.strategy == "random"
+    assert COMPARE.read_text(encoding="utf-8").startswith(FINDING[0].read_text(encoding="utf-8").partition("\n")[0])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -169,6 +187,19 @@ def test_the_readme_and_the_quickstart_spell_out_the_defaults(registry: Registry
 def test_the_generated_reference_is_up_to_date() -> None:
     for name, text in reference.pages().items():
         assert (DOCS / "reference" / name).read_text(encoding="utf-8") == text, "run: python -m refusalkit.reference"
+
+
+def test_every_hook_is_explained_with_all_it_returns_and_is_given() -> None:
+    headings = set(re.findall(r"^#+ `(\w+)`", reference.pages()["hooks.md"], re.MULTILINE))
+    hooks = {name for name in vars(hookspecs) if name.startswith("refusalkit_")}
+    modules = (adapter, strategy, selector, intervention, metric, prompt_source)
+    classes = {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, type) and value.__module__ == module.__name__
+    }
+    assert headings == hooks | classes
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
@@ -210,13 +241,11 @@ def _parse(group: Any, arguments: list[str]) -> None:
         command.make_context(name, rest)
 
 
-@pytest.mark.parametrize("page", _with("yaml"), ids=_name)
-def test_every_recipe_that_is_shown_validates(page: Path, registry: Registry, tmp_path: Path) -> None:
-    plugin = _plugin(page, tmp_path)
-    known = load_registry([plugin], entry_points=False) if plugin else registry
+@pytest.mark.parametrize("page", [page for page in _with("yaml") if page != PLUGIN_PAGE], ids=_name)
+def test_every_recipe_that_is_shown_validates(page: Path, registry: Registry) -> None:
     for block in _blocks(page):
         if block.language == "yaml":
-            _recipe(yaml.safe_load(block.text), known)
+            _recipe(yaml.safe_load(block.text), registry)
 
 
 def _recipe(shown: Mapping[str, Any], registry: Registry) -> Recipe:
@@ -231,13 +260,13 @@ def _recipe(shown: Mapping[str, Any], registry: Registry) -> Recipe:
     return check(Source(Path("shown.yaml"), merged, {}), registry)
 
 
-@pytest.mark.parametrize("page", [page for page in _with("console") if page.parent.name != "tutorial"], ids=_name)
+@pytest.mark.parametrize("page", [page for page in _with("console") if page not in (TUTORIAL, PLUGIN_PAGE)], ids=_name)
 def test_what_a_page_shows_runs(page: Path, sandbox: Path) -> None:
     _follow(page, sandbox)
 
 
 def test_the_tutorial_can_be_followed(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _follow(DOCS / "tutorial" / "from-zero.md", sandbox)
+    _follow(TUTORIAL, sandbox)
     said = capsys.readouterr()
     assert "recipes/quickstart.yaml" not in said.err
     assert said.err.count("kept") == 4, "changing the intervention keeps four stages"
@@ -288,51 +317,36 @@ def _shape(value: Any) -> Any:
 # -- the plugin -------------------------------------------------------------------------------------------------
 
 
-def _plugin(page: Path, folder: Path) -> ModuleType | None:
-    """Import the plugin that a page shows, if it shows one."""
-    files = {block.title: block.text for block in _blocks(page) if block.title and block.language in ("python", "toml")}
-    if "pyproject.toml" not in files:
-        return None
-    for name, text in files.items():
-        (folder / str(name)).write_text(text, encoding="utf-8")
-    points = tomllib.loads(files["pyproject.toml"])["project"]["entry-points"]["refusalkit"]
-    (name,) = points.values()
-    sys.path.insert(0, str(folder))
-    try:
-        sys.modules.pop(name, None)
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(folder))
-
-
-def test_the_plugin_that_is_shown_works(tmp_path: Path) -> None:
-    plugin = _plugin(DOCS / "how-to" / "write-a-plugin.md", tmp_path)
-    assert plugin is not None
-    scope: dict[str, Any] = {}
-    test = tmp_path / f"test_{plugin.__name__}.py"
-    exec(compile(test.read_text(encoding="utf-8"), str(test), "exec"), scope)
-    checks = [check for name, check in scope.items() if name.startswith("test_")]
-    assert len(checks) == 3
-    for run in checks:
-        run()
-
-
-def test_the_strategy_that_is_shown_to_run_the_model_improves_on_the_difference_in_means(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_plugin_page_can_be_followed(
+    sandbox: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _plugin(DOCS / "how-to" / "write-a-plugin.md", tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    plugin = importlib.import_module("refusalkit_descent")
-    known = load_registry([plugin], entry_points=False)
-    laws = check_model_strategy(plugin.Descent(layer=2, steps=2), random_engine("LlamaForCausalLM", LLAMA))
-    assert not [str(law) for law in laws if not law.holds]
-    costs = []
-    for find in ({"strategy": "descent", "layer": 5}, "difference_in_means"):
-        shown = {"name": "shown", "find": find, "select": {"selector": "fixed", "layer": 5}}
-        short = {**shown, "model": {"id": "tiny:llama"}}
-        prompts = {"harmful": "tiny:harmful", "harmless": "tiny:harmless", "train": 12, "validation": 8, "test": 4}
-        recipe = _recipe({**short, "prompts": prompts}, known)
-        out = tmp_path / recipe.find.strategy
-        execute(make_plan(recipe, tmp_path, known), out, until="select")
-        costs.append(next(row["kl_nats"] for row in json.loads((out / "scores.json").read_text()) if row["kl_nats"]))
-    assert costs[0] < 0.8 * costs[1]
+    monkeypatch.delenv("REFUSALKIT_PLUGINS")
+    folder, module = sandbox / "refusalkit-medians", "refusalkit_medians"
+    printed = ""
+    for block in _blocks(PLUGIN_PAGE):
+        if block.title:
+            (sandbox / block.title).write_text(block.text, encoding="utf-8")
+        elif block.text == f"pip install -e {folder.name}\n":
+            project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            assert list(project["entry-points"]["refusalkit"].values()) == [module]
+            install(sandbox, project["name"], module, version=project["version"])
+            monkeypatch.syspath_prepend(sandbox)
+            monkeypatch.syspath_prepend(folder)
+        elif block.language == "console":
+            for arguments in _commands(block):
+                # Every command is a process of its own, which reads the module as it is.
+                sys.modules.pop(module, None)
+                assert not app(arguments, standalone_mode=False)
+                printed = capsys.readouterr().out
+        elif block.language == "text":
+            assert block.text == printed
+        elif block.language == "python":
+            assert any(block.text in path.read_text(encoding="utf-8") for path in folder.rglob("*.py"))
+        elif block.language == "yaml":
+            sys.modules.pop(module, None)
+            _recipe(yaml.safe_load(block.text), load_registry())
+    assert (sandbox / "runs" / "medians" / "report.html").is_file()
+    scope: dict[str, Any] = {}
+    test = folder / "tests" / f"test_{module}.py"
+    exec(compile(test.read_text(encoding="utf-8"), str(test), "exec"), scope)
+    scope["test_everything_it_provides_obeys_the_laws"]()

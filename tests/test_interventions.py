@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import nnsight
@@ -11,15 +14,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from refusalkit import algebra
+from refusalkit.artifacts import Evaluation
 from refusalkit.builtin.adapters import LLAMA
+from refusalkit.builtin.components import Affine, Angular, Clamp, MeanAblate
+from refusalkit.builtin.compositions import Combine, Conditional
+from refusalkit.builtin.interventions import Ablate, Steer
 from refusalkit.engine import blocks
 from refusalkit.engine.batch import batch
 from refusalkit.engine.engine import Engine
 from refusalkit.engine.lower import lower, place
-from refusalkit.intervention import Edit, Gate, Intervention
+from refusalkit.errors import InputError, RunError
+from refusalkit.intervention import Direction, Edit, Gate, Intervention, InterventionSpec
+from refusalkit.pipeline import execute
+from refusalkit.plan import make_plan
+from refusalkit.recipe_file import load_recipe
+from refusalkit.registry import Registry
 from refusalkit.selector import Measure
+from refusalkit.store import Store
 from refusalkit.testing import random_engine
 from refusalkit.testing.models import random_prompts
+from tests.conftest import ROOT
 
 PROMPTS = random_prompts(7)
 SPANS = [(None, None), (None, 0), (1, None), (0, None), (0, 0), (2, 3), (None, 2)]
@@ -184,14 +199,24 @@ def test_prompts_that_the_gate_turns_away_keep_every_bit(engine: Engine) -> None
     assert not (found[opened] == plain[opened]).all(-1).any()
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["always", "gated"])
-@pytest.mark.parametrize("tokens", [(None, None), (1, None), (0, 0)], ids=str)
-def test_a_remote_dry_run_of_every_block_gives_the_same_bits(
-    engine: Engine, tokens: tuple[int | None, int | None], gated: bool
-) -> None:
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Ablate(layers=(1, 2), where="generated"),
+        Steer(where="last", steps=(0, 2)),
+        Affine(alpha=1.0),
+        MeanAblate(where="prompt"),
+        Clamp(value=2.0),
+        Angular(degrees=180, adaptive=True),
+        Conditional(apply=Combine(parts=(Clamp(), Steer()))),
+        Combine(parts=(MeanAblate(), Steer(scale=2.0))),
+    ],
+    ids=lambda spec: spec.label,
+)
+def test_a_remote_dry_run_of_every_intervention_gives_the_same_bits(engine: Engine, spec: InterventionSpec) -> None:
     nnsight.register("refusalkit")
     group = batch(PROMPTS, range(len(PROMPTS)), 0, 0, torch.device("cpu"))
-    program = lower([_everything(engine, tokens, gated=gated)], engine.layout, len(PROMPTS), torch.device("cpu"))
+    program = lower([spec.build(_direction(engine))], engine.layout, len(PROMPTS), torch.device("cpu"))
     inputs = group.repeated(1)
     here, there = (
         blocks.last_logits(engine.model, inputs, program, options, ((), None)) for options in ({}, {"remote": "local"})
@@ -203,3 +228,197 @@ def test_a_remote_dry_run_of_every_block_gives_the_same_bits(
         blocks.generate(engine.model, inputs, program, {**options, **where}) for where in ({}, {"remote": "local"})
     )
     assert torch.equal(here, there)
+
+
+# What a recipe's choices come to
+
+
+def _direction(engine: Engine) -> Direction:
+    harmful, harmless, vector = torch.randn((3, 4, engine.d_model), generator=torch.Generator().manual_seed(2))
+    return Direction(vector[0], -1, 2, engine.n_layers, harmless=harmless, harmful=harmful)
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({}, (None, None)),
+        ({"where": "prompt"}, (None, 0)),
+        ({"where": "generated"}, (1, None)),
+        ({"where": "last"}, (0, None)),
+        ({"where": "last", "steps": (0, 0)}, (0, 0)),
+        ({"steps": (0, 2)}, (None, 2)),
+        ({"steps": (2, None)}, (2, None)),
+        ({"where": "generated", "steps": (0, 5)}, (1, 5)),
+    ],
+    ids=str,
+)
+def test_tokens_and_steps_become_one_span(options: dict[str, Any], tokens: tuple[int | None, int | None]) -> None:
+    spec = Steer(**options)
+    assert spec.tokens == tokens
+    direction = Direction(torch.ones(4), -1, 1, 3)
+    assert [edit.tokens for edit in spec.build(direction).edits] == [tokens]
+
+
+def test_layers_are_those_asked_for_or_those_the_intervention_is_about() -> None:
+    direction = Direction(torch.ones(4), -1, 1, 3, harmless=torch.ones(3, 4), harmful=torch.eye(4)[:3])
+    for spec, layers in (
+        (Steer(), [1]),
+        (Steer(layers=(0, 2)), [0, 1, 2]),
+        (MeanAblate(), [0, 1, 2]),
+        (Angular(layers=(2, 2)), [2]),
+    ):
+        assert [edit.layer for edit in spec.build(direction).edits] == layers
+    with pytest.raises(InputError, match="layer 3 of 3"):
+        Steer(layers=(0, 3)).build(direction)
+    with pytest.raises(InputError, match="layer 7 of 3"):
+        Conditional(layer=7).check(3)
+
+
+def test_angular_steering_keeps_the_length_in_the_plane_and_sets_its_angle(engine: Engine) -> None:
+    direction = _direction(engine)
+    x = torch.randn((3, 5, engine.d_model), generator=torch.Generator().manual_seed(1))
+    for degrees in (0.0, 60.0, 180.0, 250.0):
+        edit = Angular(degrees=degrees).build(direction).edits[0]
+        assert edit.remove is not None
+        plane = edit.remove.float()
+        assert torch.allclose(plane[0], algebra.unit(direction.vector), atol=1e-6)
+        once = algebra.edit(x, edit.remove, turn=edit.turn)
+        before, after = x @ plane.T, once @ plane.T
+        torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1), atol=1e-5, rtol=1e-5)
+        heading = torch.tensor([math.cos(math.radians(degrees)), math.sin(math.radians(degrees))])
+        torch.testing.assert_close(algebra.unit(after), heading.expand_as(after), atol=1e-4, rtol=0)
+        torch.testing.assert_close(once - after @ plane, x - before @ plane, atol=1e-5, rtol=0)
+        adaptive = algebra.edit(x, edit.remove, turn=edit.turn, along=plane[0])
+        ahead = before[..., 0] > 0
+        assert torch.equal(adaptive[~ahead], x[~ahead])
+        assert torch.equal(adaptive[ahead], once[ahead])
+
+
+def test_a_plane_needs_layers_whose_differences_differ() -> None:
+    same = torch.eye(4)[:1].expand(3, 4)
+    with pytest.raises(RunError, match="point the same way"):
+        Angular().build(Direction(torch.eye(4)[1], -1, 1, 3, harmless=0 * same, harmful=same))
+
+
+def test_the_gate_stands_where_the_threshold_says_and_faces_the_side_it_is_for(engine: Engine) -> None:
+    direction = _direction(engine)
+    unit = algebra.unit(direction.vector)
+    assert direction.harmful is not None
+    assert direction.harmless is not None
+    for layer in (None, 1):
+        place = direction.layer if layer is None else layer
+        harmful, harmless = direction.harmful[place] @ unit, direction.harmless[place] @ unit
+        for threshold in (0.0, 0.3, 1.0):
+            gate = Conditional(apply=Steer(layers=(3, 3)), layer=layer, threshold=threshold).build(direction).gate
+            assert gate is not None
+            assert (gate.layer, gate.position, gate.site) == (place, -1, "resid_pre")
+            turned = gate.vector.float() @ unit
+            assert abs(turned) == pytest.approx(1)
+            assert turned * (harmful - harmless) > 0
+            assert gate.threshold == pytest.approx(
+                float(turned * (harmless + threshold * (harmful - harmless))), abs=1e-4
+            )
+            mirrored = Conditional(apply=Steer(layers=(3, 3)), layer=layer, threshold=threshold, when="harmless")
+            other = mirrored.build(direction).gate
+            assert other is not None
+            assert other.threshold == -gate.threshold
+            assert torch.equal(other.vector, -gate.vector)
+
+
+def test_the_gate_of_a_control_reads_along_the_direction_that_was_found(engine: Engine) -> None:
+    direction = _direction(engine)
+    control = replace(direction, vector=torch.ones(engine.d_model), found=direction.vector)
+    gates = [Conditional().build(each) for each in (direction, control)]
+    assert gates[0].gate is not None
+    assert gates[1].gate is not None
+    assert torch.equal(gates[0].gate.vector, gates[1].gate.vector)
+    assert not torch.equal(gates[0].edits[0].add, gates[1].edits[0].add)  # type: ignore[arg-type]
+
+
+def test_a_combination_applies_its_parts_in_order(engine: Engine) -> None:
+    direction = _direction(engine)
+    there, back = (
+        engine.logits(PROMPTS, Combine(parts=parts).build(direction))
+        for parts in ((Clamp(), Steer(layers=(2, 3))), (Steer(layers=(2, 3)), Clamp()))
+    )
+    assert not torch.allclose(there, back, atol=1e-3)
+    clamp, steer = (spec.build(direction).edits for spec in (Clamp(), Steer(layers=(2, 3))))
+    assert torch.equal(there, engine.logits(PROMPTS, Intervention((*clamp, *steer))))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (Combine(parts=(Steer(), Ablate())), "steer does nothing: what follows overwrites it"),
+        (Combine(parts=(Affine(), Clamp())), "affine does nothing"),
+        (Combine(parts=(Steer(where="prompt"), Clamp(where="prompt"))), "steer(where=prompt) does nothing"),
+        (Combine(parts=(Ablate(), Conditional())), "ablate changes in layer 0 what the gate reads in layer 2"),
+        (Conditional(apply=Steer(layers=(1, 3))), "steer(layers=[1, 3]) acts in layer 1, before the gate"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.label,
+)
+def test_what_cannot_go_together_is_an_error(engine: Engine, spec: InterventionSpec, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        spec.build(_direction(engine))
+    assert message in caught.value.message
+    assert caught.value.where == f"evaluate.interventions: {spec.label}"
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (Ablate(), Steer()),
+        (Steer(where="generated"), Clamp(where="prompt")),
+        (Steer(), Ablate(layers=(3, 3))),
+        (Ablate(where="generated"), Conditional()),
+        (Steer(), Conditional(apply=Clamp())),
+    ],
+    ids=str,
+)
+def test_what_leaves_something_of_every_part_can_go_together(
+    engine: Engine, parts: tuple[InterventionSpec, ...]
+) -> None:
+    made = Combine(parts=parts).build(_direction(engine))
+    assert len(made.edits) == sum(len(part.build(_direction(engine)).edits) for part in parts)
+
+
+def test_edited_matrices_keep_their_column_lengths_where_asked_and_write_nothing_along_the_direction() -> None:
+    engine = random_engine("LlamaForCausalLM", LLAMA)
+    direction = _direction(engine)
+    unit = algebra.unit(direction.vector)
+    weight = engine.module.model.layers[1].mlp.down_proj.weight
+    embedding = engine.module.model.embed_tokens.weight
+    before = weight.clone()
+    with engine.edited_weights(direction.basis, keep_norms=True):
+        torch.testing.assert_close(weight.norm(dim=0), before.norm(dim=0), atol=1e-5, rtol=1e-5)
+        assert (unit @ weight).abs().max() < 1e-5
+        assert (embedding @ unit).abs().max() < 1e-5
+        kept = weight.clone()
+    assert torch.equal(weight, before)
+    with engine.edited_weights(direction.basis):
+        assert not torch.allclose(weight, kept, atol=1e-3)
+        torch.testing.assert_close(algebra.unit(weight.T), algebra.unit(kept.T), atol=1e-4, rtol=0)
+
+
+def test_strengthening_behind_a_gate_refuses_more_and_leaves_harmless_completions_alone(
+    tmp_path: Path, registry: Registry
+) -> None:
+    path = ROOT / "recipes" / "methods" / "conditional.yaml"
+    settings = ["evaluate.controls=0", "evaluate.metrics=[refusal_rate]", "evaluate.max_new_tokens=12"]
+    execute(make_plan(load_recipe(path, registry, settings), path.parent, registry), tmp_path / "run", until="evaluate")
+    evaluation = Store(tmp_path / "run").load(Evaluation)
+    assert evaluation is not None
+    made = {(row.intervention, row.prompts): row for row in evaluation.generated}
+    plain, gated = (made[label, "harmful"].refused for label in ("none", "conditional(threshold=0.25)"))
+    assert plain is not None
+    assert gated is not None
+    answered = [after for before, after in zip(plain, gated, strict=True) if not before]
+    assert len(answered) > 50, "the model answers many of them"
+    assert sum(answered) / len(answered) > 0.2
+    assert sum(gated) - sum(plain) > 15
+    before, after, steered = (
+        made[label, "harmless"].texts for label in ("none", "conditional(threshold=0.25)", "steer")
+    )
+    assert sum(map(str.__eq__, before, after)) / len(before) >= 0.95
+    assert sum(map(str.__eq__, before, steered)) / len(before) < 0.1

@@ -82,6 +82,67 @@ def test_a_mistake_names_file_line_key_and_remedy(
         ("[3]", "interventions.0", "should be keys and values, not 3", "one of: none, ablate"),
         ("ablate", "interventions", "should be a list, not 'ablate'", "one of: none, ablate"),
         ("[ablate, steer, ablate]", "interventions", "lists ablate twice", "one of: none, ablate"),
+        (
+            "[{intervention: ablate, layers: [2]}]",
+            "interventions.0.layers",
+            "should list at least 2, not 1",
+            "`layers`",
+        ),
+        (
+            "[{intervention: ablate, layers: [4, 2]}]",
+            "interventions.0",
+            "`layers: [4, 2]` ends before it starts",
+            "Rem",
+        ),
+        ("[{intervention: ablate, where: promt}]", "interventions.0.where", "not 'promt'", "did you mean 'prompt'?"),
+        (
+            "[{intervention: ablate, where: prompt, steps: [1, 4]}]",
+            "interventions.0",
+            "`where: prompt` and `steps: [1, 4]` leave no token to change",
+            "Remove the direction",
+        ),
+        ("[{intervention: ablate, steps: [null, 2]}]", "interventions.0", "`steps` has no first", "Remove"),
+        ("[combine]", "interventions.0.parts", "'parts' is missing", "write combine as keys and values, with `parts:`"),
+        ("[{intervention: combine, parts: [ablate]}]", "interventions.0.parts", "at least 2, not 1", "one of: none"),
+        (
+            "[{intervention: combine, parts: [ablate, orthogonalize]}]",
+            "interventions.0",
+            "orthogonalize edits the weights: list it by itself",
+            "Apply several",
+        ),
+        ("[{intervention: combine, parts: [ablate, none]}]", "interventions.0", "none does nothing here", "Apply"),
+        ("[{intervention: combine, parts: [clamp, clamp]}]", "interventions.0", "lists clamp twice", "Apply several"),
+        (
+            "[{intervention: combine, parts: [conditional, {intervention: conditional, when: harmless}]}]",
+            "interventions.0",
+            "two gates: conditional and conditional(when=harmless)",
+            "Apply several",
+        ),
+        (
+            "[{intervention: combine, parts: [ablate, {intervention: combine, parts: [clamp, steer]}]}]",
+            "interventions.0",
+            "holds a combination: write all parts in one list",
+            "Apply several",
+        ),
+        (
+            "[{intervention: combine, parts: [ablate, {intervention: steer, scal: 3}]}]",
+            "interventions.0.parts.1.scal",
+            "unknown key 'scal'",
+            "did you mean 'scale'?",
+        ),
+        (
+            "[{intervention: conditional, apply: {intervention: ster}}]",
+            "interventions.0.apply.intervention",
+            "no intervention is called 'ster'",
+            "did you mean 'steer'?",
+        ),
+        (
+            "[{intervention: conditional, apply: ablate}]",
+            "interventions.0",
+            "ablate acts from layer 0 on, before the gate is read in the direction's layer",
+            "Apply another intervention",
+        ),
+        ("[{intervention: conditional, apply: conditional}]", "interventions.0", "two gates", "Apply another"),
     ],
 )
 def test_a_mistake_in_a_list_names_the_item(tmp_path: Path, written: str, key: str, message: str, hint: str) -> None:
@@ -280,6 +341,9 @@ def test_every_recipe_validates_against_the_schema(validator: Any) -> None:
         "select: causal",
         "select: {selector: fixed, layer: 3}",
         "capture: {positions: [-1, instruction_end]}",
+        "  interventions: [conditional, {intervention: ablate, layers: [2, 4], where: last, steps: [1, null]}]",
+        "  interventions: [{intervention: conditional, apply: {intervention: combine, parts: [steer, clamp]}}]",
+        "  interventions: [{intervention: combine, parts: [{intervention: steer, scale: 2}, conditional]}]",
     ],
 )
 def test_the_schema_accepts_what_the_recipe_accepts(
@@ -299,6 +363,9 @@ def test_the_schema_accepts_what_the_recipe_accepts(
         "select: {selector: fixed, layers: 3}",
         "capture: {positions: 0}",
         "description: 3",
+        "  interventions: [{intervention: ablate, layers: [2]}]",
+        "  interventions: [{intervention: conditional, apply: {intervention: steer, scal: 3}}]",
+        "  interventions: [{intervention: combine, parts: [ablate]}]",
     ],
 )
 def test_the_schema_refuses_what_the_recipe_refuses(validator: Any, tmp_path: Path, added: str) -> None:

@@ -89,7 +89,7 @@ def score_row(place: tuple[int, int], n_layers: int, dice: random.Random) -> Sco
     row = ScoreRow(position=index, layer=layer, refusal_score=None, induced_score=None, kl_nats=None, status="")
     if layer == 0 and index > -4:
         same = {"refusal_score": 6.0, "induced_score": -7.0, "kl_nats": 0.0}
-        return row.model_copy(update={**same, "status": "no direction was found here"})
+        return row.model_copy(update={**same, "status": "no difference between harmful and harmless here"})
     if layer >= 0.8 * n_layers:
         return row.model_copy(update={"status": "in the last layers, which are pruned"})
     strength = math.sin(math.pi * (layer + 1) / n_layers) * (1 + 0.15 * index)
@@ -172,7 +172,11 @@ def full_evaluation(n_layers: int, labels: tuple[str, ...]) -> Evaluation:
     steps = [layer / max(1, n_layers - 1) for layer in range(n_layers)]
     separation = tuple(separation_of(side, slope, steps) for side, slope in (("harmful", 0.6), ("harmless", -0.2)))
     edited = tuple(f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(n_layers))
-    edits = (WeightEdit(label="orthogonalize", edited=edited, untied=True, claim=None, max_logit_gap=3.1e-7),)
+    claim = "the columns of the blocks' matrices keep their lengths"
+    edits = (
+        WeightEdit(label="orthogonalize", edited=edited, untied=True, claim=None, max_logit_gap=3.1e-7),
+        WeightEdit(label="kept", edited=edited, untied=True, claim=claim, max_logit_gap=0.2, plain_logit_gap=0.34),
+    )
     generated = tuple(generated_of(label, side) for label in labels for side in SIDES)
     return Evaluation(results=tuple(results), generated=generated, separation=separation, weight_edits=edits)
 
@@ -379,7 +383,8 @@ def test_the_page_needs_nothing_else(page: str) -> None:
 
 def test_the_page_says_where_its_numbers_come_from(page: str) -> None:
     for part in ("A toy model", "tiny:llama", "sha256:0123abcd", "evaluate.seed", "refusalkit-judges", "8 of 128",
-                 "3 duplicates", "KL above 0.1 nats", "equivalent to ablating", "carry 97% of"):  # fmt: skip
+                 "3 duplicates", "KL above 0.1 nats", "equivalent to ablating", "carry 97% of",
+                 "up to 0.34 standard deviations from the edit that does not keep them"):  # fmt: skip
         assert part in page, part
 
 

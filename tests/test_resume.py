@@ -39,6 +39,9 @@ class Noted:
     def advance(self, what: str, done: int, total: int) -> None:
         self.shown.append(what)
 
+    def state(self, said: str) -> None:
+        self.shown.append(said)
+
 
 def states(plan: Plan, out: Path, until: str = "evaluate") -> list[str]:
     """Execute a plan, by default without the report, and return what became of each stage, in order."""
@@ -230,5 +233,5 @@ def test_the_folder_of_another_recipe_is_refused(
 def test_a_folder_without_a_finished_stage_takes_a_corrected_recipe(plan_of: PlanOf, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="refuses only 0 of 16"):
         execute(plan_of("select.openers=[Zebra]"), tmp_path / "out")
-    assert os.listdir(tmp_path / "out") == ["recipe.yaml"]
+    assert sorted(os.listdir(tmp_path / "out")) == [".lock", "recipe.yaml"]
     assert states(plan_of("prompts.train=12"), tmp_path / "out", "capture") == ["done", "done"]

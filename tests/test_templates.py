@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from refusalkit.artifacts import Activations, Choice, PromptSplits
+from refusalkit.artifacts import PromptSplits
 from refusalkit.checkpoint import open_checkpoint
 from refusalkit.engine.load import load
 from refusalkit.errors import RunError
@@ -18,7 +18,7 @@ from refusalkit.progress import Silent
 from refusalkit.recipe import ModelSection, recipe_type
 from refusalkit.registry import Registry
 from refusalkit.stages.bench import Bench
-from refusalkit.stages.evaluate import evaluate
+from refusalkit.stages.evaluate import complete
 from refusalkit.store import Store
 from refusalkit.template import ChatTemplate, Thinking
 from refusalkit.testing import tiny_tokenizer
@@ -151,11 +151,9 @@ def test_thoughts_that_are_longer_than_completions_are_an_error(finished_run: Pa
     store = Store(finished_run)
     checkpoint = open_checkpoint(ModelSection(id="tiny:llama"), registry)
     template = ChatTemplate(checkpoint.tokenizer, thinking=Thinking(on=True, header="never written"))
-    splits, activations, choice = store.load(PromptSplits), store.load(Activations), store.load(Choice)
+    splits = store.load(PromptSplits)
     assert splits is not None
-    assert activations is not None
-    assert choice is not None
     sources = {"harmful": "tiny:harmful", "harmless": "tiny:harmless"}
     recipe = recipe_type(registry).model_validate({"name": "x", "model": {"id": "tiny:llama"}, "prompts": sources})
     with pytest.raises(RunError, match="no completion comes to an answer"):
-        evaluate(recipe.evaluate, (activations, choice), splits, Bench(load(checkpoint), template, Silent()))
+        complete(recipe.evaluate, splits, Bench(load(checkpoint), template, Silent()))

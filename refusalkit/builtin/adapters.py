@@ -138,13 +138,15 @@ GEMMA3N = Adapter(
         "AltUp keeps several residual streams that predict and correct each other, and a block's input is all of them"
     ),
 )
-DEEPSEEK_V4 = Adapter(
-    "deepseek_v4",
-    ("DeepseekV4ForCausalLM",),
-    refuses=Refusal("hyper-connections keep several residual streams and mix them with learned weights in every block"),
+_HYPER_CONNECTIONS = Refusal(
+    "hyper-connections keep several residual streams and mix them with learned weights in every block"
+)
+DEEPSEEK_V4 = Adapter("deepseek_v4", ("DeepseekV4ForCausalLM",), refuses=_HYPER_CONNECTIONS)
+QWEN4_EXP = Adapter(
+    "qwen4_exp", ("Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration"), refuses=_HYPER_CONNECTIONS
 )
 
 ADAPTERS = (
     *(LLAMA, YI, MISTRAL, QWEN2, QWEN3, QWEN3_5, GEMMA, GEMMA2, GEMMA3, GEMMA3_MULTIMODAL, GEMMA4, GEMMA4_MULTIMODAL),
-    *(OLMO2, GLM4, PHI, PHI3, COHERE, GRANITE, GPT2, GPT_NEOX, GEMMA3N, DEEPSEEK_V4),
+    *(OLMO2, GLM4, PHI, PHI3, COHERE, GRANITE, GPT2, GPT_NEOX, GEMMA3N, DEEPSEEK_V4, QWEN4_EXP),
 )

@@ -95,9 +95,9 @@ def _plane(direction: Direction) -> Tensor:
     first = algebra.unit(direction.main.double())
     # The authors take candidates between unit means, so that the length of the stream does not decide.
     candidates = algebra.unit(direction.harmful.double()) - algebra.unit(direction.harmless.double())
-    components = torch.linalg.svd(candidates - candidates.mean(0), full_matrices=False).Vh
+    _, spread, components = torch.linalg.svd(candidates - candidates.mean(0), full_matrices=False)
     second = components[0] - (components[0] @ first) * first
-    if len(candidates) < 2 or second.norm() < 1e-6:
+    if spread[0] < 1e-6 or second.norm() < 1e-6:
         raise RunError(
             "the mean differences of all layers point the same way, so there is no plane to turn in",
             where="evaluate.interventions: angular",

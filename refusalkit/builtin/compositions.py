@@ -38,9 +38,8 @@ class Conditional(InterventionSpec):
     """What to do where the gate opens: another intervention on activations."""
     when: Literal["harmful", "harmless"] = "harmful"
     """The prompts that it opens for: those on this side of the threshold."""
-    threshold: Literal["halfway"] | float = "halfway"
-    """The component along the direction, in the units of the activations; `halfway` lies between the means of harmful
-    and of harmless training prompts."""
+    threshold: float = 0.5
+    """Where the gate stands along the direction: 0 is the mean of harmless training prompts, 1 that of harmful ones."""
     layer: Ordinal | None = None
     """The layer in which the gate is read; null is the one the direction was found in."""
 
@@ -84,14 +83,14 @@ class Conditional(InterventionSpec):
         return Intervention(tuple(replace(edit, gated=True) for edit in made.edits), gate=gate)
 
     def _gate(self, direction: Direction) -> Gate:
+        import torch
+
         assert direction.harmful is not None
         assert direction.harmless is not None
         layer = direction.layer if self.layer is None else self.layer
         harmful, harmless = direction.harmful[layer].double(), direction.harmless[layer].double()
         along = _along(direction, harmful - harmless)
-        threshold = self.threshold
-        if threshold == "halfway":
-            threshold = ((harmful + harmless) / 2 @ along).item()
+        threshold = torch.lerp(harmless @ along, harmful @ along, self.threshold).item()
         sign = 1.0 if self.when == "harmful" else -1.0
         return Gate(direction.site, layer, direction.position, sign * along, sign * threshold)
 
@@ -109,7 +108,7 @@ class Combine(InterventionSpec):
     """Apply several interventions on activations; where they meet, in the order in which they are listed."""
 
     intervention: Literal["combine"] = "combine"
-    parts: Annotated[tuple[InterventionSpec, ...], Field(min_length=2)]
+    parts: Annotated[tuple[InterventionSpec, ...], Field(min_length=2, examples=[["ablate", "steer"]])]
     """What to combine, first to last; at most one of them `conditional`."""
 
     @model_validator(mode="after")

@@ -122,8 +122,7 @@ class LogisticProbe(PerPlace):
 class Lda(PerPlace):
     """Whiten the difference in means by the covariance within the sides (linear discriminant analysis, scikit-learn).
 
-    The covariance is shrunk (Ledoit and Wolf 2004), because there are more dimensions than prompts. Without shrinkage
-    this is also the direction that LEACE reads (Belrose et al. 2023, 2306.03819).
+    The covariance is shrunk (Ledoit and Wolf 2004), because there are more dimensions than prompts.
     """
 
     strategy: Literal["lda"] = "lda"
@@ -135,6 +134,33 @@ class Lda(PerPlace):
 
         x, y = _labelled(harmful, harmless)
         return _rows(LinearDiscriminantAnalysis(solver="lsqr", shrinkage=self.shrinkage).fit(x, y).coef_[0])
+
+
+class Leace(PerPlace):
+    """Whiten the difference in means by the covariance of all prompts, the direction that LEACE reads.
+
+    LEACE (Belrose et al. 2023, 2306.03819) subtracts along the difference in means as much as it reads here. That is no
+    orthogonal projection: ablation removes what LEACE reads, and leaves what it subtracts along. The covariance is
+    shrunk as in the authors' library (Bodnar et al. 2014, 1308.2608).
+    """
+
+    strategy: Literal["leace"] = "leace"
+
+    def fit(self, harmful: Tensor, harmless: Tensor) -> Tensor:
+        import torch
+
+        x = torch.cat([harmful, harmless])
+        x = x - x.mean(0)
+        difference = harmful.mean(0) - harmless.mean(0)
+        (n, d), gram = x.shape, x @ x.T / len(x)
+        trace = gram.trace()
+        # The covariance S and S's trace spread over all dimensions are mixed so that the error is least.
+        kept = (1 - trace**2 / n / (gram.square().sum() - trace**2 / d)).clamp(0, 1 - 1e-6)
+        spread = (1 - kept) * trace / d
+        # Woodbury: (kept S + spread I)^-1 v needs no more than the prompts' inner products.
+        inner = torch.linalg.solve(spread * torch.eye(n, dtype=x.dtype) + kept * gram, x @ difference)
+        whitened: Tensor = (difference - kept * x.T @ inner / n) / spread
+        return whitened
 
 
 class Som(PerPlace):
@@ -181,6 +207,7 @@ class Shuffled(Strategy):
 
     strategy: Literal["shuffled"] = "shuffled"
     needs: ClassVar[Literal["means", "samples"]] = "samples"
+    control: ClassVar[bool] = True
     seed: int = 0
     """Seed of the shuffle."""
 
@@ -226,4 +253,4 @@ def _too_few(available: int, asked: int, key: str) -> None:
         )
 
 
-ESTIMATORS = (Pca, SvdSubspace, LogisticProbe, Lda, Som, Shuffled)
+ESTIMATORS = (Pca, SvdSubspace, LogisticProbe, Lda, Leace, Som, Shuffled)

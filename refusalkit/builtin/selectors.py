@@ -8,29 +8,26 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from refusalkit.builtin.interventions import ablate_everywhere
+from refusalkit.builtin.candidates import (
+    NO_DIFFERENCE,
+    NOT_A_NUMBER,
+    PRUNED,
+    Candidate,
+    Fraction,
+    ablation,
+    candidates_of,
+    dropped,
+    finite,
+    steering,
+)
 from refusalkit.builtin.screen import Estimates, estimate
-from refusalkit.intervention import NOTHING, Direction, Edit, Intervention
+from refusalkit.intervention import NOTHING
 from refusalkit.selector import Measure, Score, SelectInputs, Selection, Selector, Subject
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-NOTHING_FOUND = "no direction was found here"
-PRUNED = "in the last layers, which are pruned"
 SCREENED = "not among the best by the gradient estimate"
-NOT_A_NUMBER = "a score is not a number"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Point at one candidate: its place in the tensor and the label of its position."""
-
-    row: int
-    layer: int
-    position: int
 
 
 @dataclass
@@ -83,18 +80,18 @@ class Causal(Selector):
         openers = Measure("refusal_score", token_ids=inputs.opener_ids)
         harmful = subject.measure(inputs.harmful, [NOTHING], openers)[0].mean().item()
         harmless = subject.measure(inputs.harmless, [NOTHING], openers)[0].mean().item()
-        everything = [
-            Candidate(row, layer, position)
-            for row, position in enumerate(inputs.positions)
-            for layer in range(inputs.directions.shape[1])
-        ]
-        table = Table({}, {}, {}, {})
-        self._drop_before_scoring(table, everything, inputs, (harmful, harmless))
+        everything = candidates_of(inputs)
+        table = Table({}, {}, {}, dropped(everything, inputs, self.prune_last))
+        for candidate, reason in table.fell.items():
+            if reason == NO_DIFFERENCE:
+                # An exact no-op: its scores are the unmodified model's, without running anything.
+                table.bypass[candidate], table.induced[candidate] = harmful, harmless
+                table.kl[candidate] = 0.0
         if self.screen == "gradient":
             table.estimates = estimate(inputs, subject, openers)
             self._screen(table, everything)
-        steering = self._unscored(table, everything, table.induced)
-        for candidate, scores in _measured(steering, inputs, subject, openers, "induced score"):
+        unscored = self._unscored(table, everything, table.induced)
+        for candidate, scores in _measured(unscored, inputs, subject, openers, "induced score"):
             table.induced[candidate] = scores.mean().item()
         self._drop(table, "induced", everything)
         limit = None if self.exhaustive else self.max_kl_nats
@@ -102,7 +99,10 @@ class Causal(Selector):
         for candidate, scores in _measured(
             self._unscored(table, everything, table.kl), inputs, subject, kl, "KL under ablation"
         ):
-            table.kl[candidate] = scores.mean().item() if not torch.isnan(scores).any() else float("inf")
+            score = scores.mean().item()
+            # Above the limit nothing depends on how far the sum was computed, which the batches decide.
+            given_up = torch.isnan(scores).any() or (limit is not None and score > limit)
+            table.kl[candidate] = float("inf") if given_up else score
         self._drop(table, "kl", everything)
         if all(candidate in table.fell for candidate in everything):
             self._finish_kl(table, inputs, subject)
@@ -111,22 +111,6 @@ class Causal(Selector):
         ):
             table.bypass[candidate] = scores.mean().item()
         return self._decide(table, everything, (harmful, harmless))
-
-    def _drop_before_scoring(
-        self, table: Table, everything: Sequence[Candidate], inputs: SelectInputs, baseline: tuple[float, float]
-    ) -> None:
-        first_pruned = int(inputs.directions.shape[1] * (1 - self.prune_last))
-        for candidate in everything:
-            direction = inputs.directions[candidate.row, candidate.layer]
-            if not direction.isfinite().all():
-                table.fell[candidate] = NOT_A_NUMBER
-            elif not direction.any():
-                # An exact no-op: its scores are the unmodified model's, without running anything.
-                table.bypass[candidate], table.induced[candidate] = baseline
-                table.kl[candidate] = 0.0
-                table.fell[candidate] = NOTHING_FOUND
-            elif candidate.layer >= first_pruned:
-                table.fell[candidate] = PRUNED
 
     def _screen(self, table: Table, everything: Sequence[Candidate]) -> None:
         assert table.estimates is not None
@@ -177,9 +161,9 @@ class Causal(Selector):
             Score(
                 candidate.position,
                 candidate.layer,
-                _finite(table.bypass.get(candidate)),
-                _finite(table.induced.get(candidate)),
-                _finite(table.kl.get(candidate)),
+                finite(table.bypass.get(candidate)),
+                finite(table.induced.get(candidate)),
+                finite(table.kl.get(candidate)),
                 status.get(candidate) or table.fell[candidate],
                 {} if table.estimates is None else table.estimates.at((candidate.row, candidate.layer)),
             )
@@ -199,7 +183,7 @@ class Causal(Selector):
                 f"position {best.position}, layer {best.layer} induces refusal ({induces[best]:.2f}) "
                 f"but its {kl} is above {self.max_kl_nats:g} nats"
             )
-        scored = {c: s for c, s in table.induced.items() if table.fell.get(c) not in (NOTHING_FOUND, PRUNED)}
+        scored = {c: s for c, s in table.induced.items() if table.fell.get(c) not in (NO_DIFFERENCE, PRUNED)}
         if not scored:
             return "no candidate could be scored"
         best = max(scored, key=lambda c: scored[c])
@@ -216,17 +200,13 @@ _HINT = (
 _SCREEN_HINT = f"raise `select.keep` or leave out `select.screen`, which may have passed a survivor over; or {_HINT}"
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and abs(value) != float("inf") and value == value else None
-
-
 def _measured(
     candidates: Sequence[Candidate], inputs: SelectInputs, subject: Subject, measure: Measure, what: str
 ) -> list[tuple[Candidate, Tensor]]:
     """Measure candidates: steering with the induced score on harmless prompts, ablation for the other two."""
-    steers = what == "induced score"
+    make = steering if what == "induced score" else ablation
     prompts = inputs.harmful if what == "bypass score" else inputs.harmless
-    interventions = [_intervention(candidate, inputs, steers) for candidate in candidates]
+    interventions = [make(candidate, inputs) for candidate in candidates]
     if not interventions:
         return []
     advance = inputs.advance
@@ -236,20 +216,13 @@ def _measured(
     return list(zip(candidates, scores, strict=True))
 
 
-def _intervention(candidate: Candidate, inputs: SelectInputs, steers: bool) -> Intervention:
-    vector = inputs.directions[candidate.row, candidate.layer].float()
-    if steers:
-        return Intervention((Edit(inputs.site, candidate.layer, add=vector.reshape(-1, vector.shape[-1])[0]),))
-    return ablate_everywhere(Direction(vector, candidate.position, candidate.layer, inputs.directions.shape[1]))
-
-
 class Fixed(Selector):
     """Take the direction at a given place, without asking what it does."""
 
     selector: Literal["fixed"] = "fixed"
     position: Annotated[int, Field(lt=0)] = -1
     """The position, counted from the end of the prompt."""
-    layer: Annotated[int, Field(ge=0)]
+    layer: Annotated[int, Field(ge=0, examples=[2])]
     """The layer."""
 
     def select(self, inputs: SelectInputs, subject: Subject) -> Selection:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from refusalkit.errors import RunError
+
 Tokens = tuple[int, ...]
 
 #: A shared front shorter than this costs more as a pass of its own than it saves.
@@ -88,3 +90,15 @@ def batch(prompts: Sequence[Tokens], indices: Sequence[int], prefix: int, pad_id
     mask = torch.cat([own.new_ones(len(rows), prefix), own], dim=1)
     positions = (own.cumsum(-1) - 1).clamp(min=0) + prefix
     return Batch(tuple(indices), input_ids, mask, positions)
+
+
+def check_lengths(prompts: Sequence[Tokens], positions: Sequence[int]) -> None:
+    """Raise `RunError` for a prompt shorter than the deepest position."""
+    deepest = -min(positions)
+    shortest = min(len(prompt) for prompt in prompts)
+    if deepest > shortest:
+        raise RunError(
+            f"position -{deepest} lies before the start of a prompt of {shortest} tokens",
+            where="capture.positions",
+            hint="capture positions nearer to the end",
+        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import nnsight
@@ -64,13 +63,16 @@ def read(
 ) -> list[Tensor]:
     """Return the hidden state [row, position, d_model] at every place that `program` keeps, and stop after the last.
 
-    `positions` picks positions; None keeps them all.
+    `positions` picks positions; None keeps them all. With `stop: False` among the options the pass runs to its end:
+    in a server's sandbox, a pass that is stopped puts the next one out of step.
     """
     index = slice(None) if positions is None else list(positions)
     prompts = len(inputs["input_ids"])
+    stops, options = _stops(options)
     with torch.no_grad(), model.trace(inputs, **options) as tracer:
         found = nnsight.save([state[:, index] for state in walk(model, program, (prompts, 0, []))])
-        tracer.stop()
+        if stops:
+            tracer.stop()
     return found  # type: ignore[no-any-return]
 
 
@@ -80,12 +82,28 @@ def read_sums(
     """Return the sum over rows of what `program` keeps at `positions`, [position, read, d_model] float64."""
     index = list(positions)
     prompts = len(inputs["input_ids"])
+    stops, options = _stops(options)
     with torch.no_grad(), model.trace(inputs, **options) as tracer:
         states = walk(model, program, (prompts, 0, []))
         rows = [state[:, index].double().sum(0).cpu() for state in states]
         total = nnsight.save(torch.stack(rows, 1))
-        tracer.stop()
+        if stops:
+            tracer.stop()
     return total  # type: ignore[no-any-return]
+
+
+def _stops(options: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Take the option `stop` from those that the model gets."""
+    return options.get("stop", True), {name: value for name, value in options.items() if name != "stop"}
+
+
+def states_at(model: Any, inputs: Inputs, outputs: str, takes: str) -> tuple[Tensor, Tensor]:
+    """Return the output of the module at `outputs` and the input of the one at `takes`, which runs after it."""
+    prompts = len(inputs["input_ids"])
+    with torch.no_grad(), model.trace(inputs, logits_to_keep=1, use_cache=False):
+        given = nnsight.save(algebra.hidden(model.get(outputs).output, prompts))
+        taken = nnsight.save(algebra.hidden(model.get(takes).input, prompts))
+    return given, taken
 
 
 def gradients(
@@ -134,13 +152,16 @@ def completion_losses(
 def generate(model: Any, inputs: Inputs, program: Program, options: Mapping[str, Any]) -> Tensor:
     """Return greedy completions with their prompts [row, position] under `program` at every step."""
     prompts = len(inputs["input_ids"])
-    with _one_step_too_many(), torch.no_grad(), model.generate(**options) as tracer:
-        with tracer.invoke(inputs):
-            decided: list[Tensor] = []
-            for step in tracer.iter[:]:
-                list(walk(model, program, (prompts, step, decided)))
-        with tracer.invoke():
-            tokens = nnsight.save(tracer.result)
+    with warnings.catch_warnings():
+        # An open loop over decode steps asks for one more than there are.
+        warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for", category=UserWarning)
+        with torch.no_grad(), model.generate(**options) as tracer:
+            with tracer.invoke(inputs):
+                decided: list[Tensor] = []
+                for step in tracer.iter[:]:
+                    list(walk(model, program, (prompts, step, decided)))
+            with tracer.invoke():
+                tokens = nnsight.save(tracer.result)
     return tokens  # type: ignore[no-any-return]
 
 
@@ -149,13 +170,3 @@ def generate_plainly(model: Any, inputs: Inputs, options: Mapping[str, Any]) -> 
     with torch.no_grad(), model.generate(inputs, **options) as tracer:
         tokens = nnsight.save(tracer.result)
     return tokens  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _one_step_too_many() -> Iterator[None]:
-    """Silence nnsight's word that an open loop over decode steps asked for one more than there were."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*was never reached: the loop asked for a step", category=UserWarning
-        )
-        yield

@@ -21,11 +21,12 @@ from torch import Tensor
 from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.engine import attribution, blocks, weights
-from refusalkit.engine.batch import Batch, Tokens, batch, chunks, halved, prefix_inputs, shared_prefix
+from refusalkit.engine.batch import Batch, Tokens, batch, check_lengths, chunks, halved, prefix_inputs, shared_prefix
 from refusalkit.engine.layout import layout_of
 from refusalkit.engine.lower import Pack, counted_from, lower, packs
 from refusalkit.engine.memory import out_of_memory
 from refusalkit.engine.request import Request, answer
+from refusalkit.engine.states import mean_states
 from refusalkit.errors import RunError
 from refusalkit.intervention import NOTHING, Intervention, Site
 from refusalkit.selector import Advance, Attribution, Measure
@@ -69,7 +70,8 @@ class Engine:
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
         self.prompt_passes = 0.0
-        """How many forward passes of one prompt through all layers have run; partial passes count in part."""
+        """How many forward passes of one prompt through all layers have run. Partial passes count in part, and the
+        tokens of a completion by their share of the prompt."""
         self.shares_prefix = True
         # transformers 5.24 renames the argument.
         renamed = "cache" in inspect.signature(self.module.forward).parameters
@@ -79,6 +81,11 @@ class Engine:
     def device(self) -> torch.device:
         """Where the inputs go."""
         return next(self.module.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> str:
+        """The type of the weights."""
+        return str(self.module.dtype).removeprefix("torch.")
 
     def run(self, requests: Sequence[Request], advance: Advance | None = None) -> list[Any]:
         """Answer requests in their order (see `refusalkit.engine.request`)."""
@@ -92,18 +99,19 @@ class Engine:
         positions: Sequence[int],
         site: Site = "resid_pre",
         *,
+        layers: Sequence[int] | None = None,
         intervention: Intervention | None = None,
         keep_samples: bool = False,
         advance: Advance | None = None,
     ) -> Samples:
-        """Read the residual stream at `positions` of every layer: the float64 mean, and samples where asked.
+        """Read the residual stream at `positions` of every layer, or of `layers` (ascending), and stop after the last.
 
-        Under an intervention it is read as it is after the edits of each place. Raises `RunError` for a prompt
-        shorter than the deepest position.
+        It is the float64 mean, and samples where asked. Under an intervention it is read as it is after the edits of
+        each place. Raises `RunError` for a prompt shorter than the deepest position.
         """
-        _check_lengths(prompts, positions)
-        reads: list[tuple[Site, int]] = [(site, layer) for layer in range(self.n_layers)]
-        shared = intervention is None
+        check_lengths(prompts, positions)
+        reads: list[tuple[Site, int]] = [(site, layer) for layer in layers or range(self.n_layers)]
+        depth = min(self.n_layers, reads[-1][1] + (site != "resid_pre")) if layers else self.n_layers
         total: Tensor | None = None
         samples: list[tuple[tuple[int, ...], Tensor]] = []
 
@@ -118,10 +126,11 @@ class Engine:
                 part = rows.double().sum(0)
             else:
                 part = blocks.read_sums(self.model, inputs, program, positions, options)
-            self.prompt_passes += len(group.indices)
+            self.prompt_passes += len(group.indices) * depth / self.n_layers
             total = part if total is None else total + part
 
-        self._over(prompts, run, keep=max(-position for position in positions), share=shared, advance=advance)
+        front = self._prefix(prompts, keep=-min(positions)) if intervention is None and depth else ()
+        self._over(prompts, run, prefix=front, depth=depth, advance=advance)
         assert total is not None
         kept = None
         if keep_samples:
@@ -141,7 +150,7 @@ class Engine:
             rows = algebra.widen(self._packed_logits(group, pack, front, None)).cpu()
             found.update(zip(group.indices, rows, strict=True))
 
-        self._over(prompts, run, prefix=prefix, shared_cache=False)
+        self._over(prompts, run, prefix=prefix)
         return torch.stack([found[index] for index in range(len(prompts))])
 
     def measure(
@@ -178,8 +187,10 @@ class Engine:
                 if advance is not None:
                     advance(min(done, total), total)
 
-        self._over(prompts, run, prefix=prefix, shared_cache=False)
+        self._over(prompts, run, prefix=prefix)
         return values
+
+    mean_states = mean_states
 
     def _pack_by_parts(
         self,
@@ -235,7 +246,7 @@ class Engine:
             # A backward pass costs about two forward passes.
             self.prompt_passes += len(rows) * (1 + 2 * len(measures))
 
-        self._over(prompts, run, share=False)
+        self._over(prompts, run)
         gradient /= len(prompts)
         return [
             Attribution(values[index], gradient[index], values[index] + removal[index])
@@ -339,11 +350,13 @@ class Engine:
             else:
                 program = lower([intervention], self.layout, len(group.indices), self.device)
                 ids = blocks.generate(self.model, inputs, program, options)
+            # The last token is not read again.
+            self.prompt_passes += len(group.indices) * (ids.shape[1] - 1) / group.input_ids.shape[1]
             for index, row in zip(group.indices, ids[:, group.input_ids.shape[1] :].tolist(), strict=True):
                 ends = [place for place, token in enumerate(row) if token in stops]
                 found[index] = tuple(row[: ends[0]] if ends else row)
 
-        self._over(prompts, run, share=False, advance=advance)
+        self._over(prompts, run, advance=advance)
         return [found[index] for index in range(len(prompts))]
 
     def losses(
@@ -362,8 +375,9 @@ class Engine:
             program = counted_from(program, counts[rows, None].to(self.device))
             options = {"logits_to_keep": width, "use_cache": False}
             losses[rows] = blocks.completion_losses(self.model, group.repeated(1), program, targets, options).cpu()
+            self.prompt_passes += sum(len(whole[index]) / len(prompts[index]) for index in rows)
 
-        self._over(whole, run, share=False)
+        self._over(whole, run)
         return losses, counts
 
     @contextmanager
@@ -386,21 +400,21 @@ class Engine:
         prompts: Sequence[Tokens],
         run: Callable[[Batch, dict[str, Any]], None],
         *,
-        keep: int = 1,
-        prefix: Tokens | None = None,
-        share: bool = True,
-        shared_cache: bool = True,
-        size: int | None = None,
+        prefix: Tokens = (),
+        depth: int = 0,
         advance: Advance | None = None,
     ) -> None:
-        """Call `run` on every batch, halving the batch when memory runs out and remembering the size that fits."""
-        front = (self._prefix(prompts, keep) if share else ()) if prefix is None else prefix
-        shared = self._shared_cache(front) if front and shared_cache else None
-        pending = chunks([len(prompt) for prompt in prompts], min(size or self.batch_size, self.batch_size))
+        """Call `run` on every batch, halving the batch when memory runs out and remembering the size that fits.
+
+        The prompts come without the front `prefix` that all of them share; where there is a `depth`, with the keys and
+        values of the front in as many layers.
+        """
+        shared = self._shared_cache(prefix, depth) if prefix and depth else None
+        pending = chunks([len(prompt) for prompt in prompts], self.batch_size)
         done = 0
         while pending:
             indices = pending.pop(0)
-            group = batch(prompts, indices, len(front), self._pad_id(), self.device)
+            group = batch(prompts, indices, len(prefix), self._pad_id(), self.device)
             options: dict[str, Any] = {"use_cache": False}
             if shared is not None:
                 used = copy.deepcopy(shared)
@@ -426,10 +440,11 @@ class Engine:
             if advance is not None:
                 advance(done, len(prompts))
 
-    def _shared_cache(self, prefix: Tokens) -> Any:
+    def _shared_cache(self, prefix: Tokens, depth: int) -> Any:
         cache = self._empty_cache()
-        options = {"logits_to_keep": 1, **self._with_cache(cache)}
-        blocks.last_logits(self.model, prefix_inputs(prefix, 1, self.device), (), options, ((), None))
+        inputs = prefix_inputs(prefix, 1, self.device)
+        program = lower([NOTHING], self.layout, 1, self.device, [("resid_post", depth - 1)])
+        blocks.read(self.model, inputs, program, None, self._with_cache(cache))
         return cache
 
     def _with_cache(self, cache: Any) -> dict[str, Any]:
@@ -472,14 +487,3 @@ def _reduce(logits: Tensor, measure: Measure, rows: Sequence[int], times: int) -
         return algebra.refusal_score(logits, torch.tensor(measure.token_ids))
     assert measure.reference is not None
     return algebra.kl_nats(measure.reference[list(rows)].repeat(times, 1), logits)
-
-
-def _check_lengths(prompts: Sequence[Tokens], positions: Sequence[int]) -> None:
-    deepest = -min(positions)
-    shortest = min(len(prompt) for prompt in prompts)
-    if deepest > shortest:
-        raise RunError(
-            f"position -{deepest} lies before the start of a prompt of {shortest} tokens",
-            where="capture.positions",
-            hint="capture positions nearer to the end",
-        )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from refusalkit import algebra
 from refusalkit.engine.batch import Tokens
+from refusalkit.engine.work import of_openers
 from refusalkit.intervention import Intervention, Site
 from refusalkit.selector import Advance, Measure
 
@@ -30,6 +31,8 @@ class Capture:
     positions: Sequence[int]
     site: Site = "resid_pre"
     keep_samples: bool = False
+    layers: tuple[int, ...] | None = None
+    """Ascending; None for all. Nothing above the last one runs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +42,15 @@ class Scores:
     prompts: Sequence[Tokens]
     interventions: Sequence[Intervention]
     measure: Measure
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """Average what blocks hand on at the last token; answered by [intervention, layer, d_model] float64."""
+
+    prompts: Sequence[Tokens]
+    interventions: Sequence[Intervention]
+    layers: Sequence[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,16 +134,18 @@ class Cosines:
     site: Site = "resid_pre"
 
 
-Request = Capture | Scores | Openings | Readings | Completions | Losses | Cosines
+Request = Capture | Scores | States | Openings | Readings | Completions | Losses | Cosines
 
 
 def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
     """Answer one request on this machine."""
     match request:
-        case Capture(prompts, positions, site, keep_samples):
-            return engine.capture(prompts, positions, site, keep_samples=keep_samples, advance=advance)
+        case Capture(prompts, positions, site, keep_samples, layers):
+            return engine.capture(prompts, positions, site, layers=layers, keep_samples=keep_samples, advance=advance)
         case Scores(prompts, interventions, measure):
             return engine.measure(prompts, interventions, measure, advance)
+        case States(prompts, interventions, layers):
+            return engine.mean_states(prompts, interventions, layers, advance)
         case Openings():
             return opened([engine.logits(group) for group in request.groups], request.token_ids, request.most)
         case Readings(prompts, interventions, token_ids, keep_logits):
@@ -155,11 +169,8 @@ def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
 
 def opened(groups: Sequence[Tensor], token_ids: tuple[int, ...], most: int) -> Opened:
     """Reduce the groups' last-position logits [prompt, d_vocab] to the probabilities of a few tokens."""
-    probabilities = [logits.double().softmax(-1) for logits in groups]
-    difference = probabilities[0].mean(0) - probabilities[1].mean(0)
-    found = difference.argsort(descending=True)[:most].tolist()
-    wanted = tuple(dict.fromkeys([*token_ids, *found]))
-    return Opened(wanted, tuple(rows[:, list(wanted)].cpu() for rows in probabilities))
+    wanted, *probabilities = of_openers(groups, token_ids, most)
+    return Opened(tuple(wanted.tolist()), tuple(probabilities))
 
 
 def reading(logits: Tensor, reference: Tensor, token_ids: tuple[int, ...], keep_logits: bool = False) -> Reading:

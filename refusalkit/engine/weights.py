@@ -30,7 +30,7 @@ class Edited:
 
 
 @dataclass(frozen=True, eq=False)
-class _Writer:
+class Writer:
     """Hold a parameter that writes the stream."""
 
     name: str
@@ -38,7 +38,7 @@ class _Writer:
     axis: int
     """The axis of length d_model."""
     rows: Tensor
-    """What it must not write, [rank, d_model]."""
+    """What it must not write, [rank, d_model]: the basis, or what a norm behind the parameter makes of it."""
     is_matrix: bool
     """Whether it is a matrix of a block, and not a bias or an embedding."""
 
@@ -51,7 +51,7 @@ def orthogonalize(module: Any, adapter: Adapter, basis: Tensor, keep_norms: bool
     untied = _untie(module)
     names = []
     with torch.no_grad():
-        for writer in _writers(module, adapter, basis):
+        for writer in writers(module, adapter, basis):
             rows = writer.rows.to(writer.weight.device)
             keeps = keep_norms and writer.is_matrix
             writer.weight.copy_(algebra.orthogonalize(writer.weight, rows, writer.axis, keeps))
@@ -62,8 +62,7 @@ def orthogonalize(module: Any, adapter: Adapter, basis: Tensor, keep_norms: bool
 @contextmanager
 def edited(module: Any, adapter: Adapter, basis: Tensor, keep_norms: bool = False) -> Iterator[Edited]:
     """Edit the weights of `module` for the length of a block, then restore them bit for bit."""
-    writers = list(_writers(module, adapter, basis))
-    kept = [(writer.weight, writer.weight.detach().cpu().clone()) for writer in writers]
+    kept = [(each.weight, each.weight.detach().cpu().clone()) for each in writers(module, adapter, basis)]
     changes = orthogonalize(module, adapter, basis, keep_norms)
     try:
         yield changes
@@ -85,9 +84,10 @@ def _untie(module: Any) -> bool:
     return True
 
 
-def _writers(module: Any, adapter: Adapter, basis: Tensor) -> Iterator[_Writer]:
+def writers(module: Any, adapter: Adapter, basis: Tensor) -> Iterator[Writer]:
+    """Yield everything that writes the stream; `basis` [rank, d_model] has orthonormal rows."""
     for name in (f"{adapter.embedding}.weight", *adapter.also_embedding):
-        yield _Writer(name, parameter(module, name, adapter), -1, basis, is_matrix=False)
+        yield Writer(name, parameter(module, name, adapter), -1, basis, is_matrix=False)
     layout = layout_of(module, adapter)
     for layer, writes in enumerate(layout.writes):
         block = resolve(module, layout.block(layer))
@@ -98,7 +98,7 @@ def _writers(module: Any, adapter: Adapter, basis: Tensor) -> Iterator[_Writer]:
                     gains = [gain for gain in (write.gain, matrix.gain) if gain is not None]
                     rows = _rows(block, gains, adapter, basis)
                     is_matrix = not matrix.path.endswith("bias")
-                    yield _Writer(f"{layout.block(layer)}.{matrix.path}", found, matrix.axis, rows, is_matrix)
+                    yield Writer(f"{layout.block(layer)}.{matrix.path}", found, matrix.axis, rows, is_matrix)
 
 
 def _rows(block: Any, gains: Sequence[Gain], adapter: Adapter, basis: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ from importlib import resources
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from refusalkit.report import tables
 from refusalkit.report.charts import Figure, figures, svg
 from refusalkit.report.completions import examples
 from refusalkit.report.finding import sentence
+from refusalkit.report.heat_map import BASELINE_STRATEGY
 from refusalkit.report.measured import costs_first, interventions, is_control, metrics
 from refusalkit.report.provenance import provenance
 from refusalkit.report.theme import config
@@ -28,20 +29,35 @@ _INTERVAL = re.compile(r" \[([^],]+), ([^]]+)\]")
 
 def render_html(run: Run, *, show_completions: bool = False) -> str:
     """Write the page for a run; completions to harmful prompts are in it only when asked for."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(_packaged("template.html.j2"))
-    return template.render(
-        style=Markup(_packaged("style.css")),
-        vega=Markup(_vega()),
-        script=Markup(_packaged("page.js")),
-        themes={"light": config("light"), "dark": config("dark")},
+    return render(
+        "template.html.j2",
+        kind="report",
         **_found(run),
         **_figures(run),
         **_numbers(run),
         harmless=examples(run, "harmless", show_completions=show_completions),
+        over_refusal=examples(run, "over_refusal", show_completions=show_completions),
         harmful=examples(run, "harmful", show_completions=show_completions),
         provenance=provenance(run),
         recipe_yaml=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill one of the templates, with the style and the scripts that every page carries in itself."""
+    environment = Environment(
+        loader=FunctionLoader(_packaged),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(
+        style=Markup(_packaged("style.css")),
+        vega=Markup(_vega()),
+        script=Markup(_packaged("page.js")),
+        themes={"light": config("light"), "dark": config("dark")},
+        **values,
     )
 
 
@@ -63,20 +79,22 @@ def _found(run: Run) -> dict[str, Any]:
     model = str((run.environment.get("model") or {}).get("id") or (run.recipe.get("model") or {}).get("id") or "–")
     choice = run.choice
     tokens = dict(zip(run.prompts.positions, run.prompts.position_tokens, strict=False))
+    said = sentence(choice, run.evaluation, repairs=run.candidates.repairs)
     return {
         "name": str(run.recipe.get("name") or run.folder.name),
         "description": run.recipe.get("description"),
         "model": model,
         "toy": model.startswith("tiny:"),
         "started": str(run.environment.get("started") or "")[:10],
-        "sentence": _INTERVAL.sub("\N{NO-BREAK SPACE}[\\1,\N{NO-BREAK SPACE}\\2]", sentence(choice, run.evaluation)),
+        "sentence": _INTERVAL.sub("\N{NO-BREAK SPACE}[\\1,\N{NO-BREAK SPACE}\\2]", said),
         "choice": choice,
         "chosen_token": token(tokens[choice.position]) if choice.position in tokens else None,
         "strategy": run.candidates.strategy,
         "site": run.candidates.site,
         "n_candidates": count(len(choice.scores), "candidate"),
-        "baseline_harmful": number(choice.baseline_refusal_score),
+        "baseline_harmful": None if choice.baseline_refusal_score is None else number(choice.baseline_refusal_score),
         "baseline_harmless": number(choice.baseline_harmless_score),
+        "cosine": None if run.candidates.strategy == BASELINE_STRATEGY else number(choice.cosine),
         "fates": tables.fates(choice),
     }
 
@@ -86,16 +104,16 @@ def _figures(run: Run) -> dict[str, Any]:
     drawn = figures(run)
     maps = [figure for figure in drawn if figure.name.startswith("candidates-")]
     return {
-        "rate_figures": [_placed(figure) for figure in drawn if figure.name.startswith("rate-")],
-        "heat_maps": [_placed(figure) for figure in maps],
+        "rate_figures": [placed(figure) for figure in drawn if figure.name.startswith("rate-")],
+        "heat_maps": [placed(figure) for figure in maps],
         "heat_maps_side_by_side": all(figure.min_width <= 340 for figure in maps),
-        "estimate_figures": [_placed(figure) for figure in drawn if figure.name.startswith("estimate-")],
-        "separation_figures": [_placed(figure) for figure in drawn if figure.name == "separation"],
-        "mean_figures": [_placed(figure) for figure in drawn if figure.name.startswith("mean-")],
+        "estimate_figures": [placed(figure) for figure in drawn if figure.name.startswith("estimate-")],
+        "separation_figures": [placed(figure) for figure in drawn if figure.name == "separation"],
+        "mean_figures": [placed(figure) for figure in drawn if figure.name.startswith("mean-")],
     }
 
 
-def _placed(figure: Figure) -> dict[str, Any]:
+def placed(figure: Figure) -> dict[str, Any]:
     """Add the picture that stands in where nothing is drawn: without scripts, and in print."""
     picture = base64.b64encode(svg(figure).encode()).decode()
     return {

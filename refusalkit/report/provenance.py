@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from refusalkit.artifacts import PromptSplits
 from refusalkit.metric import Side
-from refusalkit.report.measured import SIDES
-from refusalkit.report.wording import NOTHING_TO_SHOW, duration, number, token
+from refusalkit.report.wording import NOTHING_TO_SHOW, bytes_of, duration, number, token
 from refusalkit.run_directory import Run
 from refusalkit.store import STAGES
 
@@ -34,6 +33,8 @@ class StageRow:
     stage: str
     seconds: str
     passes: str
+    jobs: str = ""
+    """What it took on a server; empty for a run on one machine."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def _model(run: Run) -> Pairs:
 def _splits(prompts: PromptSplits) -> list[SplitRow]:
     filtered = {(row.side, row.split): row for row in prompts.filtered}
     rows = []
-    for side in SIDES:
-        for split, used in (prompts.harmful if side == "harmful" else prompts.harmless).items():
+    for side, splits in prompts.sides.items():
+        for split, used in splits.items():
             told = filtered.get((side, split))
             dropped = "not filtered" if told is None else f"{told.of - told.kept} of {told.of}"
             rows.append(SplitRow(side, split, len(used), dropped, number(told.mean_score if told else None)))
@@ -125,10 +126,22 @@ def _stages(environment: Mapping[str, Any]) -> list[StageRow]:
     passes: Mapping[str, Any] = environment.get("forward_passes") or {}
     names = [stage for stage in STAGES if stage in seconds or stage in passes]
     names += [stage for stage in dict.fromkeys((*seconds, *passes)) if stage not in names]
-    rows = [StageRow(name, duration(seconds.get(name)), _passes(passes.get(name))) for name in names]
+    jobs: Mapping[str, Mapping[str, int]] = environment.get("jobs") or {}
+    rows = [
+        StageRow(name, duration(seconds.get(name)), _passes(passes.get(name)), _jobs([jobs.get(name, {})]))
+        for name in names
+    ]
     if len(rows) > 1:
-        rows.append(StageRow("together", duration(sum(seconds.values())), _passes(sum(passes.values()) or None)))
+        together = duration(sum(seconds.values())), _passes(sum(passes.values()) or None), _jobs([*jobs.values()])
+        rows.append(StageRow("together", *together))
     return rows
+
+
+def _jobs(counts: Sequence[Mapping[str, int]]) -> str:
+    total = {name: sum(count.get(name, 0) for count in counts) for name in ("jobs", "bytes_up", "bytes_down")}
+    if not total["jobs"]:
+        return ""
+    return f"{total['jobs']}, {bytes_of(total['bytes_up'])} up, {bytes_of(total['bytes_down'])} down"
 
 
 def _passes(n: int | None) -> str:

@@ -6,12 +6,18 @@ import math
 import textwrap
 
 from refusalkit.artifacts import Result
+from refusalkit.metric import Side
 
 NOTHING_TO_SHOW = "–"
 MINUS = "\N{MINUS SIGN}"
 # Byte-level and sentencepiece tokenizers spell whitespace with these letters.
 _SPELLED = {"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t"}
 _SHOWN = {" ": "␣", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+def side_name(side: Side) -> str:
+    """Write what prompts are: `over-refusal`."""
+    return side.replace("_", "-")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -62,6 +68,15 @@ def duration(seconds: float | None) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def bytes_of(size: float) -> str:
+    """Write a number of bytes: `18 B`, `1.25 MB`."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
 
 
 def token(text: str) -> str:

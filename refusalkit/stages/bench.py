@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refusalkit.engine.engine import Engine
+from refusalkit.engine.remote import RemoteEngine
 from refusalkit.progress import Progress
 from refusalkit.selector import Advance
 from refusalkit.template import ChatTemplate
@@ -15,7 +16,7 @@ from refusalkit.template import ChatTemplate
 class Bench:
     """Hold the model, how to render prompts for it, and where to show progress."""
 
-    engine: Engine
+    engine: Engine | RemoteEngine
     template: ChatTemplate
     progress: Progress
 

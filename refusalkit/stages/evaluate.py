@@ -18,6 +18,7 @@ from refusalkit.artifacts import (
     PromptSplits,
     Result,
     Separation,
+    Unmodified,
     WeightEdit,
 )
 from refusalkit.builtin.interventions import ablate_everywhere
@@ -29,7 +30,8 @@ from refusalkit.metric import Evidence, Metric, Need, Side
 from refusalkit.recipe import EvaluateSection
 from refusalkit.stages.bench import Bench
 
-SIDES: tuple[Side, Side] = ("harmful", "harmless")
+#: What metrics need that rests on completions of the unmodified model.
+WRITTEN: set[Need] = {"completions", "losses"}
 Tokens = tuple[int, ...]
 
 
@@ -71,7 +73,7 @@ class Outcome:
 
     reading: Reading
     unmodified: Tensor | None
-    """The unmodified model's logits [prompt, d_vocab], where a metric needs logits."""
+    """The unmodified model's logits [prompt, d_vocab], where a metric or a weight edit needs logits."""
     completions: tuple[Tokens, ...] = ()
     losses: tuple[Tensor, Tensor] | None = None
 
@@ -79,10 +81,32 @@ class Outcome:
 Outcomes = dict[tuple[str, Side], Outcome]
 
 
+def complete(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> Unmodified:
+    """Let the unmodified model complete the test prompts, where a metric looks at what it writes.
+
+    Raises `RunError` where no completion comes to an answer.
+    """
+    writing = [each for each in _asked(section, splits, bench) if each.needs & WRITTEN]
+    requests = [Completions(each.openings, NOTHING, each.max_new_tokens) for each in writing]
+    found = bench.engine.run(requests, bench.advance("completions of the unmodified model")) if requests else []
+    written = {each.side: tuple(completions) for each, completions in zip(writing, found, strict=True)}
+    if any(all(bench.template.answer(ids) is None for ids in completions) for completions in written.values()):
+        raise RunError(
+            f"no completion comes to an answer: every thought is longer than {section.max_new_tokens} tokens",
+            where="evaluate.max_new_tokens",
+            hint="raise it, or leave `prompts.thinking` out",
+        )
+    return Unmodified(completions=written)
+
+
 def evaluate(
-    section: EvaluateSection, found: tuple[Activations, Choice], splits: PromptSplits, bench: Bench
+    section: EvaluateSection,
+    found: tuple[Activations, Choice],
+    splits: PromptSplits,
+    unmodified: Unmodified,
+    bench: Bench,
 ) -> Evaluation:
-    """Run every intervention, and its random controls, on both sides' test prompts.
+    """Run every intervention, and its random controls, on every side's test prompts.
 
     Raises `RunError` when an intervention that should act changes no logit.
     """
@@ -98,17 +122,17 @@ def evaluate(
         activations.harmful_mean[row].float(),
     )
     cases = _cases(section, direction)
-    asked = _completed(_asked(section, splits, bench), bench)
-    outcomes, separation = _on_activations(
-        [c for c in cases if c.intervention.weights is None], asked, direction, bench
-    )
+    written = unmodified.completions
+    asked = [replace(each, completions=written.get(each.side, ())) for each in _asked(section, splits, bench)]
+    outcomes, separation = _on_activations(cases, asked, direction, bench)
     edits = []
     for case in cases:
         if case.intervention.weights is not None:
-            made, edit = _on_weights(case, asked, direction, bench)
+            plain = {each.side: outcomes["none", each.side].unmodified for each in asked}
+            made, edit = _on_weights(case, asked, plain, direction, bench)
             outcomes.update(made)
             edits.append(edit)
-        _check(case, *([outcomes[label, side] for side in SIDES] for label in (case.label, cases[0].label)))
+        _check(case, *({each.side: outcomes[label, each.side] for each in asked} for label in (case.label, "none")))
     results: list[Result] = []
     generated = []
     for case in cases:
@@ -162,34 +186,21 @@ def _asked(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tupl
             tuple(metric for metric in section.metrics if side in metric.sides),
             section.max_new_tokens,
         )
-        for side in SIDES
+        for side in splits.sides
     )
-
-
-def _completed(asked: Sequence[Asked], bench: Bench) -> tuple[Asked, ...]:
-    """Let the unmodified model complete the prompts, where a metric looks at what it writes."""
-    writing = [each for each in asked if each.needs & {"completions", "losses"}]
-    requests = [Completions(each.openings, NOTHING, each.max_new_tokens) for each in writing]
-    found = bench.engine.run(requests, bench.advance("completions of the unmodified model")) if requests else []
-    written = {each.side: tuple(completions) for each, completions in zip(writing, found, strict=True)}
-    if any(all(bench.template.answer(ids) is None for ids in completions) for completions in written.values()):
-        raise RunError(
-            f"no completion comes to an answer: every thought is longer than {asked[0].max_new_tokens} tokens",
-            where="evaluate.max_new_tokens",
-            hint="raise it, or leave `prompts.thinking` out",
-        )
-    return tuple(replace(each, completions=written.get(each.side, ())) for each in asked)
 
 
 def _on_activations(
     cases: Sequence[Case], asked: Sequence[Asked], direction: Direction, bench: Bench
 ) -> tuple[Outcomes, tuple[Separation, ...]]:
     """Ask everything about every case that leaves the weights alone, and how the prompts lie along the direction."""
+    edits_weights = any(case.intervention.weights is not None for case in cases)
+    cases = [case for case in cases if case.intervention.weights is None]
     interventions = [case.intervention for case in cases]
     requests: dict[tuple[str, Side, str], Request] = {}
     for each in asked:
         requests["", each.side, "readings"] = Readings(
-            each.tokens, interventions, each.opener_ids, keep_logits="logits" in each.needs
+            each.tokens, interventions, each.opener_ids, keep_logits=edits_weights or "logits" in each.needs
         )
         requests["", each.side, "cosines"] = Cosines(each.tokens, direction.main, direction.position, direction.site)
         for case in cases:
@@ -216,12 +227,13 @@ def _writing(case: Case, asked: Asked) -> dict[str, Request]:
     return requests
 
 
-def _on_weights(case: Case, asked: Sequence[Asked], direction: Direction, bench: Bench) -> tuple[Outcomes, WeightEdit]:
+def _on_weights(
+    case: Case, asked: Sequence[Asked], unmodified: Mapping[Side, Tensor | None], direction: Direction, bench: Bench
+) -> tuple[Outcomes, WeightEdit]:
     """Run a case with its weights edited, and compare it with the same ablation of the activations."""
     engine, ablation, basis = bench.engine, ablate_everywhere(direction), case.intervention.weights
     assert basis is not None
     keeps_norms = case.intervention.keeps_norms
-    plain = {each.side: engine.logits(each.tokens) for each in asked}
     expected = {each.side: engine.logits(each.tokens, ablation) for each in asked}
     simpler: dict[Side, Tensor] = {}
     if keeps_norms:
@@ -231,13 +243,15 @@ def _on_weights(case: Case, asked: Sequence[Asked], direction: Direction, bench:
     logits: dict[Side, Tensor] = {}
     with engine.edited_weights(basis, keeps_norms) as edited:
         for each in asked:
+            plain = unmodified[each.side]
+            assert plain is not None
             logits[each.side] = engine.logits(each.tokens)
             writing = _writing(case, each)
             found = engine.run(list(writing.values()), bench.advance(f"{case.label} on {each.side} prompts"))
             answers = dict(zip(writing, found, strict=True))
             outcomes[case.label, each.side] = Outcome(
-                reading(logits[each.side], plain[each.side], each.opener_ids, keep_logits=True),
-                plain[each.side],
+                reading(logits[each.side], plain, each.opener_ids, keep_logits=True),
+                plain,
                 tuple(answers.get("completions", ())),
                 answers.get("losses"),
             )
@@ -255,17 +269,17 @@ def _gap(logits: Mapping[Side, Tensor], others: Mapping[Side, Tensor]) -> float:
     return max(((logits[side] - other).abs().max() / other.std()).item() for side, other in others.items())
 
 
-def _check(case: Case, outcomes: Sequence[Outcome], plain: Sequence[Outcome]) -> None:
+def _check(case: Case, outcomes: Mapping[Side, Outcome], plain: Mapping[Side, Outcome]) -> None:
     """Refuse numbers that mean nothing, given what the unmodified model did."""
     where = f"evaluate.interventions: {case.label}"
-    bad = [side for side, outcome in zip(SIDES, outcomes, strict=True) if not outcome.reading.finite]
+    bad = [side for side, outcome in outcomes.items() if not outcome.reading.finite]
     if bad:
         raise RunError(
             f"the logits on {' and '.join(bad)} test prompts are not numbers",
             where=where,
             hint="use a smaller scale, or load the model with `model.dtype: float32`",
         )
-    if case.acts and not any(_moved(outcome, other) for outcome, other in zip(outcomes, plain, strict=True)):
+    if case.acts and not any(_moved(outcome, plain[side]) for side, outcome in outcomes.items()):
         raise RunError(
             "changes nothing: the logits of every test prompt are those of the unmodified model",
             where=where,
@@ -316,24 +330,24 @@ def _results(
     measured = [(metric, _result(metric, case.label, evidence, seed)) for metric in asked.metrics]
     generated = []
     if texts:
-        verdicts = [values for metric, (_, values) in measured if (metric.kind, metric.needs) == _VERDICT]
+        verdicts = [result.values for metric, result in measured if (metric.kind, metric.needs) == _VERDICT]
         refused = tuple(value == 1 for value in verdicts[0]) if verdicts else None
         generated = [Generated(intervention=case.label, prompts=asked.side, texts=texts, refused=refused)]
-    return [result for _, (result, _) in measured], generated
+    return [result for _, result in measured], generated
 
 
 #: What tells of each completion whether it is a refusal.
 _VERDICT = ("rate", "completions")
 
 
-def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> tuple[Result, tuple[float, ...]]:
+def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> Result:
     measured = metric.measure(evidence)
     if metric.kind == "rate":
         interval = wilson(measured.values)
     else:
         interval = bootstrap(measured.values, measured.weights, seed=seed)
     kind: Literal["rate", "mean"] = metric.kind
-    result = Result(
+    return Result(
         intervention=label,
         prompts=evidence.side,
         metric=metric.metric,
@@ -343,8 +357,9 @@ def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> tuple[
         n=interval.n,
         unit=metric.unit,
         kind=kind,
+        values=measured.values,
+        weights=measured.weights,
     )
-    return result, measured.values
 
 
 def _separation(side: Side, cosines: Tensor) -> Separation:

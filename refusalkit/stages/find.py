@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from refusalkit.artifacts import Activations, Candidates, PromptSplits
-from refusalkit.engine.gradients import Differentiable
+from refusalkit import algebra
+from refusalkit.arithmetic import Find
+from refusalkit.artifacts import Activations, Candidates
 from refusalkit.errors import RunError
 from refusalkit.metric import Side
-from refusalkit.stages.bench import Bench
-from refusalkit.strategy import AnyStrategy, Captured, FindInputs, ModelStrategy, Strategy
+from refusalkit.strategy import Captured, Strategy
 
 
-def find(
-    strategy: AnyStrategy, activations: Activations, splits: PromptSplits, bench: Callable[[], Bench]
-) -> Candidates:
-    """Let the strategy find directions and check that they have the shape and length of directions.
+def find(section: Find, activations: Activations) -> Candidates:
+    """Let the strategy find directions, work on them, and compare them with the difference in means.
 
-    `bench` loads the model, and is called only for a strategy that needs it. Raises `RunError` when the result has
-    another shape or is zero everywhere.
+    Raises `RunError` when the result has another shape than directions have, or is zero everywhere.
     """
-    if isinstance(strategy, ModelStrategy):
-        directions = _with_model(strategy, activations, splits, bench())
-    else:
-        assert isinstance(strategy, Strategy)
-        directions = strategy.find(
-            Captured(activations.harmful_mean, activations.n_harmful, activations.harmful_samples),
-            Captured(activations.harmless_mean, activations.n_harmless, activations.harmless_samples),
-        )
-    directions = directions.detach().double()
-    expected = tuple(activations.harmful_mean.shape)
-    seen = tuple(directions.shape)
+    directions = directions_from(section, activations.captured)
+    difference = activations.harmful_mean - activations.harmless_mean
+    leading = directions if directions.ndim == 3 else directions[:, :, 0]
+    cosines = (algebra.unit(leading) * algebra.unit(difference)).sum(-1)
+    missing = ~(leading.any(-1) & difference.any(-1))
+    return Candidates(
+        strategy=section.label,
+        site=activations.site,
+        positions=activations.positions,
+        directions=directions,
+        cosines=cosines.masked_fill(missing, float("nan")),
+        repairs="over_refusal" in section.sides,
+    )
+
+
+def directions_from(section: Find, captured: Mapping[Side, Captured]) -> Tensor:
+    """Return the directions of a section after its operations: [position, layer, (rank,) d_model] float64."""
+    directions = _found(section, captured)
+    for operation in section.then:
+        directions = operation.apply(directions, lambda strategy: _found(strategy, captured))
+        if not directions.any():
+            raise RunError(
+                "leaves nothing of any direction",
+                where=f"find.then: {operation.label}",
+                hint="a direction minus its projection on itself is nothing",
+            )
+    return directions
+
+
+def _found(strategy: Strategy, captured: Mapping[Side, Captured]) -> Tensor:
+    directions = strategy.find(**{side: captured[side] for side in strategy.sides}).double()
+    expected, seen = tuple(captured["harmful"].mean.shape), tuple(directions.shape)
     if (*seen[:2], seen[-1]) != expected or len(seen) not in (3, 4):
         raise RunError(
             f"returned directions of shape {seen}, not [position, layer, (rank,) d_model] = {expected}",
@@ -45,25 +63,4 @@ def find(
             where=f"find.strategy {strategy.strategy!r}",
             hint="check that the two sides are different prompts",
         )
-    return Candidates(
-        strategy=strategy.strategy, site=activations.site, positions=activations.positions, directions=directions
-    )
-
-
-def _with_model(strategy: ModelStrategy, activations: Activations, splits: PromptSplits, bench: Bench) -> Tensor:
-    """Hand the training prompts and the model to a strategy that needs them."""
-
-    def captured(side: Side, mean: Tensor) -> Captured:
-        prompts = bench.tokens(splits.of(side, "train"))
-        return Captured(mean, len(prompts), prompts=prompts)
-
-    inputs = FindInputs(
-        harmful=captured("harmful", activations.harmful_mean),
-        harmless=captured("harmless", activations.harmless_mean),
-        positions=activations.positions,
-        site=activations.site,
-        opener_ids=splits.openers.token_ids,
-        text=bench.template.tokenizer.decode,
-        advance=bench.progress.advance,
-    )
-    return strategy.find(inputs, Differentiable(bench.engine))
+    return directions

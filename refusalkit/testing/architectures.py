@@ -1,4 +1,4 @@
-"""Hold a tiny shape of every architecture: configuration classes and settings, no weights and no network."""
+"""Hold a tiny shape of every architecture: settings of its configuration, no weights and no network."""
 
 from __future__ import annotations
 
@@ -64,42 +64,77 @@ _VISION: Settings = {
     "patch_size": 14,
 }
 
-#: Configuration class and what differs from the common shape, by model class. A setting `vision_config` makes the
-#: rest the settings of the text part.
-ARCHITECTURES: Mapping[str, tuple[str, Settings]] = {
-    "LlamaForCausalLM": ("LlamaConfig", {}),
-    "MistralForCausalLM": ("MistralConfig", _WINDOW),
-    "MinistralForCausalLM": ("MinistralConfig", _WINDOW),
-    "Ministral3ForCausalLM": ("Ministral3Config", {}),
-    "Qwen2ForCausalLM": ("Qwen2Config", {}),
-    "Qwen3ForCausalLM": ("Qwen3Config", {}),
-    "Qwen3_5ForCausalLM": ("Qwen3_5TextConfig", {**_DELTA_NET}),
-    "GemmaForCausalLM": ("GemmaConfig", {}),
-    "Gemma2ForCausalLM": ("Gemma2Config", _WINDOW),
-    "Gemma3ForCausalLM": ("Gemma3TextConfig", _WINDOW),
-    "Gemma3ForConditionalGeneration": ("Gemma3Config", {**_WINDOW, "vision_config": _VISION}),
-    "Gemma4ForCausalLM": ("Gemma4TextConfig", _GEMMA4),
-    "Gemma4ForConditionalGeneration": ("Gemma4Config", {**_GEMMA4, "vision_config": _VISION}),
-    "Olmo2ForCausalLM": ("Olmo2Config", {}),
-    "Olmo3ForCausalLM": ("Olmo3Config", _WINDOW),
-    "Glm4ForCausalLM": ("Glm4Config", {}),
-    "PhiForCausalLM": ("PhiConfig", {}),
-    "Phi3ForCausalLM": ("Phi3Config", {}),
-    "CohereForCausalLM": ("CohereConfig", {}),
-    "Cohere2ForCausalLM": ("Cohere2Config", _WINDOW),
-    "GraniteForCausalLM": ("GraniteConfig", {"residual_multiplier": 0.22, "embedding_multiplier": 12.0}),
-    "GPT2LMHeadModel": ("GPT2Config", {"n_inner": 48}),
-    "GPTNeoXForCausalLM": ("GPTNeoXConfig", {}),
-    "MixtralForCausalLM": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "Qwen2MoeForCausalLM": ("Qwen2MoeConfig", {**_SHARED, "mlp_only_layers": [0]}),
-    "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", {**_EXPERTS, "mlp_only_layers": [0]}),
-    "Qwen3NextForCausalLM": ("Qwen3NextConfig", {**_SHARED, **_DELTA_NET}),
-    "Qwen3_5MoeForCausalLM": ("Qwen3_5MoeTextConfig", {**_SHARED, **_DELTA_NET}),
-    "DeepseekV2ForCausalLM": ("DeepseekV2Config", _DEEPSEEK),
-    "DeepseekV3ForCausalLM": ("DeepseekV3Config", {**_DEEPSEEK, "num_mtp_layers": 0}),
-    "GptOssForCausalLM": ("GptOssConfig", {**_WINDOW, **_ROPE, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "Llama4ForCausalLM": (
-        "Llama4TextConfig",
-        {"intermediate_size_mlp": 40, "num_local_experts": 4, "interleave_moe_layer_step": 2},
-    ),
+_DEEPSEEK_V4: Settings = {
+    **_WINDOW,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "q_lora_rank": 16,
+    "o_lora_rank": 16,
+    "o_groups": 2,
+    "qk_rope_head_dim": 4,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    "hc_mult": 2,
+}
+_QWEN4_EXP: Settings = {
+    **_SHARED,
+    **_DELTA_NET,
+    "layer_types": ["linear_attention", "indexed_attention"] * 2,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+    "hc_count": 2,
+    "hc_lowrank": 8,
+}
+_GEMMA3N: Settings = {
+    **_WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+    "laurel_rank": 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
+
+#: What differs from the common shape, by model class. A setting `vision_config` makes the rest the settings of the text
+#: part.
+ARCHITECTURES: Mapping[str, Settings] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": _WINDOW,
+    "MinistralForCausalLM": _WINDOW,
+    "Ministral3ForCausalLM": {},
+    "Qwen2ForCausalLM": {},
+    "Qwen3ForCausalLM": {},
+    "Qwen3_5ForCausalLM": _DELTA_NET,
+    "GemmaForCausalLM": {},
+    "Gemma2ForCausalLM": _WINDOW,
+    "Gemma3ForCausalLM": _WINDOW,
+    "Gemma3ForConditionalGeneration": {**_WINDOW, "vision_config": _VISION},
+    "Gemma3nForCausalLM": _GEMMA3N,
+    "Gemma4ForCausalLM": _GEMMA4,
+    "Gemma4ForConditionalGeneration": {**_GEMMA4, "vision_config": _VISION},
+    "Olmo2ForCausalLM": {},
+    "Olmo3ForCausalLM": _WINDOW,
+    "Glm4ForCausalLM": {},
+    "PhiForCausalLM": {},
+    "Phi3ForCausalLM": {},
+    "CohereForCausalLM": {},
+    "Cohere2ForCausalLM": _WINDOW,
+    "GraniteForCausalLM": {"residual_multiplier": 0.22, "embedding_multiplier": 12.0},
+    "GPT2LMHeadModel": {"n_inner": 48},
+    "GPTNeoXForCausalLM": {},
+    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen2MoeForCausalLM": {**_SHARED, "mlp_only_layers": [0]},
+    "Qwen3MoeForCausalLM": {**_EXPERTS, "mlp_only_layers": [0]},
+    "Qwen3NextForCausalLM": {**_SHARED, **_DELTA_NET},
+    "Qwen3_5MoeForCausalLM": {**_SHARED, **_DELTA_NET},
+    "DeepseekV2ForCausalLM": _DEEPSEEK,
+    "DeepseekV3ForCausalLM": {**_DEEPSEEK, "num_mtp_layers": 0},
+    "DeepseekV4ForCausalLM": _DEEPSEEK_V4,
+    "Qwen4ExpForCausalLM": _QWEN4_EXP,
+    "GptOssForCausalLM": {**_WINDOW, **_ROPE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Llama4ForCausalLM": {"intermediate_size_mlp": 40, "num_local_experts": 4, "interleave_moe_layer_step": 2},
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +16,15 @@ from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.builtin.interventions import ablate_everywhere
 from refusalkit.engine.engine import Engine
-from refusalkit.engine.gradients import Differentiable
 from refusalkit.engine.layout import resolve
 from refusalkit.engine.load import engine_of
-from refusalkit.intervention import SITES, Direction, InterventionSpec
-from refusalkit.metric import Evidence, Metric
+from refusalkit.errors import InputError
+from refusalkit.intervention import SITES, Direction, Edit, Intervention, InterventionSpec
+from refusalkit.metric import SIDES, Evidence, Metric, Side
+from refusalkit.prompt_source import PromptSource
+from refusalkit.prompt_split import SPLITS
 from refusalkit.selector import SelectInputs, Selector
-from refusalkit.strategy import Captured, FindInputs, ModelStrategy, Strategy
+from refusalkit.strategy import Captured, Strategy
 from refusalkit.testing.models import random_prompts, tiny_tokenizer
 
 
@@ -61,8 +65,8 @@ def check_adapter(adapter: Adapter, module: Any, *, tokenizer: Any = None) -> tu
 
 def _direction(engine: Engine, seed: int = 0) -> Direction:
     vector = torch.randn(engine.d_model, generator=torch.Generator().manual_seed(seed))
-    harmless = torch.randn((engine.n_layers, engine.d_model), generator=torch.Generator().manual_seed(4))
-    return Direction(vector, -1, engine.n_layers // 2, engine.n_layers, harmless=harmless)
+    harmful, harmless = torch.randn((2, engine.n_layers, engine.d_model), generator=torch.Generator().manual_seed(4))
+    return Direction(vector, -1, engine.n_layers // 2, engine.n_layers, harmless=harmless, harmful=harmful)
 
 
 def _sites(engine: Engine, prompts: Sequence[tuple[int, ...]], direction: Direction | None = None) -> dict[str, Tensor]:
@@ -146,71 +150,114 @@ def planted(seed: int = 0, n_prompts: int = 40) -> tuple[Captured, Captured, Ten
     return side(4.0), side(-4.0), direction
 
 
-def check_strategy(strategy: Strategy, *, finds: bool = True) -> tuple[Law, ...]:
-    """Check a strategy on activations with a planted direction; `finds=False` for a control that must not find it."""
+def over_refused(harmless: Captured, direction: Tensor, seed: int = 1) -> tuple[Captured, Tensor]:
+    """Move harmless activations half way along `direction` and as far along another one, which is returned too."""
+    assert harmless.samples is not None
+    other = torch.randn(48, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    other = algebra.unit(other - (other @ direction) * direction)
+    samples = harmless.samples + 4.0 * (direction + other).float()
+    return Captured(samples.double().mean(0), harmless.n_prompts, samples), other
+
+
+def check_strategy(strategy: Strategy) -> tuple[Law, ...]:
+    """Check a strategy on activations with a planted direction, which a control must not find.
+
+    One that finds from over-refusal prompts has to find what sets these alone apart.
+    """
     harmful, harmless, direction = planted()
-    before = (harmful.mean.clone(), harmless.mean.clone())
-    found = strategy.find(harmful, harmless)
-    again = strategy.find(harmful, harmless)
+    sides: dict[Side, Captured] = {"harmful": harmful, "harmless": harmless}
+    if "over_refusal" in strategy.sides:
+        sides["over_refusal"], direction = over_refused(harmless, direction)
+    inputs = {side: sides[side] for side in strategy.sides}
+    before = [side.mean.clone() for side in inputs.values()]
+    found = strategy.find(**inputs)
+    again = strategy.find(**inputs)
     flat = found.double().reshape(2, 3, -1, 48)
     bases = [algebra.orthonormal(flat[row, layer]) for row in range(2) for layer in range(3)]
     cosine = min((basis @ direction).norm().item() for basis in bases)
-    mutated = max((harmful.mean - before[0]).abs().max().item(), (harmless.mean - before[1]).abs().max().item())
+    mutated = max((side.mean - mean).abs().max().item() for side, mean in zip(inputs.values(), before, strict=True))
     expected = (*harmful.mean.shape[:2], harmful.mean.shape[-1])
-    recovers = Law("recovers a planted direction (cosine)", cosine, 0.95, at_least=True)
     return (
         Law("shape is [position, layer, (rank,) d_model]", float((*found.shape[:2], found.shape[-1]) != expected), 0.0),
         Law("every number is finite", float((~found.isfinite()).sum()), 0.0),
         Law("the inputs are not changed", mutated, 0.0),
         Law("the same inputs give the same result", (found - again).abs().max().item(), 0.0),
-        recovers if finds else Law("a control does not find the direction (cosine)", cosine, 0.6),
-    )
-
-
-def check_model_strategy(strategy: ModelStrategy, engine: Engine) -> tuple[Law, ...]:
-    """Check that a strategy that runs the model returns directions, repeats itself and leaves the model alone."""
-    sides = [random_prompts(6, seed=seed) for seed in (1, 2)]
-    captured = [Captured(engine.capture(prompts, (-2, -1)).mean, len(prompts), prompts=prompts) for prompts in sides]
-    before = [side.mean.clone() for side in captured]
-    plain = engine.logits(sides[0])
-    harmful, harmless = captured
-    inputs = FindInputs(harmful, harmless, (-2, -1), "resid_pre", (5, 6), text=engine.model.tokenizer.decode)
-    found = strategy.find(inputs, Differentiable(engine))
-    again = strategy.find(inputs, Differentiable(engine))
-    expected = (2, engine.n_layers, engine.d_model)
-    mutated = max((side.mean - mean).abs().max().item() for side, mean in zip(captured, before, strict=True))
-    changed = (engine.logits(sides[0]) - plain).abs().max().item()
-    trainable = sum(weight.requires_grad or weight.grad is not None for weight in engine.module.parameters())
-    return (
-        Law("shape is [position, layer, (rank,) d_model]", float((*found.shape[:2], found.shape[-1]) != expected), 0.0),
-        Law("every number is finite", float((~found.isfinite()).sum()), 0.0),
-        Law("something is found", found.norm().item(), 1e-6, at_least=True),
-        Law("the inputs are not changed", mutated, 0.0),
-        Law("the same inputs give the same result", (found - again).abs().max().item(), 0.0),
-        Law("the model is as it was", changed, 0.0),
-        Law("no weight takes a gradient", float(trainable), 0.0),
+        Law("a control does not find the direction (cosine)", cosine, 0.6)
+        if strategy.control
+        else Law("recovers a planted direction (cosine)", cosine, 0.95, at_least=True),
     )
 
 
 def check_intervention(spec: InterventionSpec, engine: Engine) -> tuple[Law, ...]:
-    """Check that an intervention acts, acts the same every time, and leaves the model as it was."""
+    """Check that an intervention acts, acts the same every time, and leaves the model as it was.
+
+    What sets a component does so once and for all, what adds a vector can be taken back, and a gate that is shut lets
+    nothing through. An intervention that acts on generated tokens alone has to leave the prompts' logits alone.
+    """
     prompts = random_prompts(3)
     plain = engine.logits(prompts)
     built = spec.build(_direction(engine))
-    if built.weights is not None:
-        with engine.edited_weights(built.weights):
-            changed = engine.logits(prompts)
-    else:
-        changed = engine.logits(prompts, built)
-    once_more = engine.logits(prompts, built) if built.weights is None else changed
+    if built.gate is not None:
+        built = replace(built, gate=replace(built.gate, threshold=-math.inf))
+
+    def run() -> Tensor:
+        if built.weights is None:
+            return engine.logits(prompts, built)
+        with engine.edited_weights(built.weights, built.keeps_norms):
+            return engine.logits(prompts)
+
+    changed, once_more = run(), run()
     acts = (changed - plain).abs().max().item()
+    later = bool(built.edits) and all((edit.tokens[0] or 0) > 0 for edit in built.edits)
     return (
         Law("it changes the logits", acts, 1e-6, at_least=True)
-        if spec.uses_direction
+        if spec.uses_direction and not later
         else Law("it leaves the logits alone", acts, 0.0),
         Law("the same run gives the same logits", (changed - once_more).abs().max().item(), 0.0),
         Law("the model is as it was", (engine.logits(prompts) - plain).abs().max().item(), 0.0),
         Law("the logits are finite", float((~changed.isfinite()).sum()), 0.0),
+        *_edits_obey_algebra(built, engine.d_model),
+        *_a_shut_gate_changes_nothing(built, engine, prompts),
+    )
+
+
+def _edits_obey_algebra(built: Intervention, d_model: int) -> tuple[Law, ...]:
+    x = torch.randn((3, 5, d_model), generator=torch.Generator().manual_seed(5))
+    twice, back = [0.0], [0.0]
+    for edit in built.edits:
+        parts = (edit.remove, edit.add, edit.turn, edit.along)
+        once = algebra.edit(x, *parts)
+        if edit.remove is None and edit.add is not None:
+            taken = algebra.edit(algebra.edit(x, add=edit.add), add=-edit.add)
+            back.append(((taken - x).norm() / x.norm()).item())
+        elif edit.remove is not None and _stays_inside(edit):
+            twice.append(((algebra.edit(once, *parts) - once).norm() / once.norm()).item())
+    return (
+        Law("setting a component twice is setting it once", max(twice), 1e-5),
+        Law("what is added can be taken back", max(back), 1e-5),
+    )
+
+
+def _stays_inside(edit: Edit) -> bool:
+    """Say whether what an edit adds lies in what it removes, so that it sets a component and does no more."""
+    assert edit.remove is not None
+    basis = edit.remove.double()
+    added = [part.double() for part in (edit.add, edit.turn) if part is not None]
+    return all((part - part @ basis.T @ basis).norm() <= 1e-4 * part.norm() for part in added)
+
+
+def _a_shut_gate_changes_nothing(
+    built: Intervention, engine: Engine, prompts: Sequence[tuple[int, ...]]
+) -> tuple[Law, ...]:
+    if built.gate is None or not all(edit.gated for edit in built.edits):
+        return ()
+    shut = replace(built, gate=replace(built.gate, threshold=math.inf))
+    plain = engine.logits(prompts, replace(shut, edits=()))
+    moved = (engine.logits(prompts, shut) - plain).abs().max().item()
+    written = engine.generate(prompts, shut, 4) != engine.generate(prompts, None, 4)
+    return (
+        Law("a gate that is shut keeps every bit of the logits", moved, 0.0),
+        Law("a gate that is shut keeps every token", float(written), 0.0),
     )
 
 
@@ -218,8 +265,22 @@ def check_selector(selector: Selector, engine: Engine) -> tuple[Law, ...]:
     """Check that a selector scores every candidate once, marks at most one and is deterministic."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn((2, engine.n_layers, engine.d_model), generator=generator, dtype=torch.float64)
+    training: dict[Side, Any] = {side: random_prompts(12, seed=seed) for seed, side in enumerate(SIDES, start=4)}
+    captured: dict[Side, Captured] = {}
+    for side, prompts in training.items():
+        read = engine.capture(prompts, (-2, -1), keep_samples=True)
+        captured[side] = Captured(read.mean, read.n_prompts, read.samples)
     inputs = SelectInputs(
-        directions, (-2, -1), "resid_pre", random_prompts(4, seed=1), random_prompts(4, seed=2), opener_ids=(5, 6)
+        directions,
+        (-2, -1),
+        "resid_pre",
+        random_prompts(4, seed=1),
+        random_prompts(4, seed=2),
+        opener_ids=(5, 6),
+        over_refusal=random_prompts(4, seed=3),
+        training=training,
+        captured=captured,
+        find=lambda parts: parts["harmful"].mean - parts["harmless"].mean,
     )
     selection = selector.select(inputs, engine)
     again = selector.select(inputs, engine)
@@ -263,3 +324,24 @@ def check_metric(metric: Metric) -> tuple[Law, ...]:
         if first.weights is not None:
             broken += len(first.weights) != 4 or min(first.weights) < 0
     return (Law("one value a prompt, rates of 0 or 1, the same twice (faults)", broken, 0.0),)
+
+
+def check_prompt_source(source: PromptSource) -> tuple[Law, ...]:
+    """Check that a source can be named in a recipe, and that an address that leads nowhere is bad input.
+
+    A source that knows no wrong address has to give prompts by split.
+    """
+    faults = 0
+    try:
+        pools = source.read("no such address", Path("no such folder"))
+    except InputError:
+        pass
+    else:
+        prompts = [prompt for found in pools.values() for prompt in found]
+        faults += len(pools.keys() - {"all", *SPLITS}) + (not prompts)
+        faults += sum(not isinstance(prompt, str) or not prompt.strip() for prompt in prompts)
+    return (
+        Law("its scheme can stand before a colon", float(not re.fullmatch(r"[a-z][a-z0-9+._-]*", source.scheme)), 0.0),
+        Law("its help is one line", float(len(source.help.splitlines()) != 1), 0.0),
+        Law("an address that leads nowhere is bad input, or gives prompts (faults)", float(faults), 0.0),
+    )

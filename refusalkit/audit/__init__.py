@@ -1,0 +1,1 @@
+"""Audit a checkpoint: how brittle its refusals are, and whether that stays within thresholds."""

@@ -1,0 +1,1 @@
+"""List, check and start plugins: what stands behind `refusalkit plugins` and `refusalkit plugin`."""

@@ -1,0 +1,92 @@
+"""Estimate what a run asks of an NDIF server: jobs, and bytes both ways, before anything is sent.
+
+Upper bounds: a selector drops most candidates before the last scores, and what repeats is compressed on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from refusalkit.artifacts import Split
+from refusalkit.engine.jobs import MOST_WORK
+from refusalkit.plan import Plan
+from refusalkit.stages.prompts import MOST_OPENERS
+
+#: The source that travels with every job, in bytes.
+_SOURCE = 12_000
+#: A job's tokens: ids that hardly repeat, masks and positions that do.
+_PER_TOKEN = 4
+_FLOAT64, _FLOAT32, _INT32 = 8, 4, 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hold what one stage asks of a server."""
+
+    jobs: int
+    bytes_up: float
+    bytes_down: float
+
+
+def costs(plan: Plan) -> dict[str, Cost]:
+    """Estimate every stage that asks the model something."""
+    selecting = {"select": _select(plan)} if plan.recipe.select.runs_model else {}
+    return {"prompts": _prompts(plan), "capture": _capture(plan), **selecting, "evaluate": _evaluate(plan)}
+
+
+def _tokens(plan: Plan, prompts: Sequence[str]) -> float:
+    """Return how many tokens prompts have together, from the first few of them."""
+    few = prompts[:16]
+    return len(prompts) * sum(len(plan.template.tokens(prompt)) for prompt in few) / max(1, len(few))
+
+
+def _jobs(work: float) -> int:
+    return max(1, -int(-work // MOST_WORK))
+
+
+def _prompts_in(plan: Plan, *splits: Split) -> list[str]:
+    return [prompt for side in plan.prompts.sides.values() for split in splits for prompt in side[split]]
+
+
+def _prompts(plan: Plan) -> Cost:
+    asked = _prompts_in(plan, "train", "validation")
+    n_tokens = len(plan.prompts.family_openers) + MOST_OPENERS
+    return Cost(1, _SOURCE + _PER_TOKEN * _tokens(plan, asked), len(asked) * n_tokens * _FLOAT64)
+
+
+def _capture(plan: Plan) -> Cost:
+    asked = [prompt for side in plan.sides for prompt in plan.prompts.sides[side]["train"]]
+    work = _tokens(plan, asked)
+    size = plan.n_candidates * plan.checkpoint.d_model
+    down = len(asked) * size * _FLOAT32 if plan.needs == "samples" else len(plan.sides) * size * _FLOAT64
+    return Cost(_jobs(work), _SOURCE + _PER_TOKEN * work, down)
+
+
+def _select(plan: Plan) -> Cost:
+    validation = {side: plan.prompts.sides[side]["validation"] for side in plan.recipe.select.sides}
+    harmless = validation.pop("harmless")
+    harmful = [prompt for prompts in validation.values() for prompt in prompts]
+    few, many = _tokens(plan, harmful), _tokens(plan, harmless)
+    # Two baselines, then the induced score, the KL and the bypass score of candidates.
+    jobs = 2 + 2 * _jobs(plan.n_candidates * many) + _jobs(plan.n_candidates * few)
+    vectors = 3 * plan.n_candidates * plan.checkpoint.d_model * _FLOAT32
+    scores = plan.n_candidates * (2 * len(harmless) + len(harmful)) * _FLOAT64
+    return Cost(jobs, jobs * _SOURCE + vectors + _PER_TOKEN * (2 * few + 3 * many), scores)
+
+
+def _evaluate(plan: Plan) -> Cost:
+    section = plan.recipe.evaluate
+    asked = _prompts_in(plan, "test")
+    acting = sum(spec.uses_direction for spec in section.interventions)
+    cases = 1 + acting * (1 + section.controls)
+    needs = {metric.needs for metric in section.metrics}
+    tokens = _tokens(plan, asked)
+    written = len(asked) * section.max_new_tokens if needs & {"completions", "losses"} else 0
+    work = cases * (2 * tokens + 2 * written)
+    vectors = cases * plan.checkpoint.d_model * _FLOAT32
+    logits = len(asked) * plan.checkpoint.d_vocab * _FLOAT32 if "logits" in needs else 0
+    down = cases * (written * _INT32 + logits + 5 * len(asked) * _FLOAT64)
+    down += len(asked) * plan.checkpoint.n_layers * _FLOAT64
+    jobs = _jobs(work) + (1 if written else 0)
+    return Cost(jobs, jobs * _SOURCE + vectors + _PER_TOKEN * (tokens + cases * written), down)
