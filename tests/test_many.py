@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from refusalkit.errors import InputError, RunError
@@ -61,34 +61,16 @@ def wait_for(process: subprocess.Popen[str], *endings: str) -> None:
     raise AssertionError(f"the process ended without saying {missing}")
 
 
-def workers(parent: int) -> list[int]:
+def workers(parent: int) -> list[psutil.Process]:
     """Return the processes that execute runs for `parent`."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                ours = f"PPid:\t{parent}\n" in (folder / "status").read_text()
-                if ours and b"spawn_main" in (folder / "cmdline").read_bytes():
-                    found.append(int(folder.name))
-            except OSError:
-                continue
-    return found
+    return [
+        child for child in psutil.Process(parent).children() if any("spawn_main" in part for part in child.cmdline())
+    ]
 
 
-def gone(processes: list[int]) -> bool:
+def gone(processes: list[psutil.Process]) -> bool:
     """Wait until none of some processes is alive."""
-    for _ in range(200):
-        if not any(alive(process) for process in processes):
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def alive(process: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return False
+    return psutil.wait_procs(processes, timeout=20)[1] == []
 
 
 # Before anything runs
@@ -166,7 +148,7 @@ def test_a_process_that_is_killed_fails_its_run_and_no_other(recipes: Path) -> N
     process = start(recipes, "one.yaml", "two.yaml", "--until", "prompts")
     wait_for(process, "one: prompts: running")
     (worker,) = workers(process.pid)
-    os.kill(worker, signal.SIGKILL)
+    worker.kill()
     _, stderr = process.communicate(timeout=100)
     assert process.returncode == 1
     assert "one: error: its process was killed by SIGKILL\nhint: SIGKILL mostly means that memory ran out" in stderr
