@@ -35,6 +35,7 @@ class Differentiable:
         self.n_layers = engine.n_layers
         self.logits = engine.logits
         self.measure = engine.measure
+        self.mean_states = engine.mean_states
         self.attribute = engine.attribute
         self.generate = engine.generate
         self._dtype = torch.promote_types(engine.module.dtype, torch.float32)
@@ -161,7 +162,7 @@ class Differentiable:
                 for total, part in zip([total for index in indices for total in gradients[index]], parts, strict=False):
                     total += part
 
-        self._engine._over(sequences, run, share=False)
+        self._engine._over(sequences, run)
         means = zip(probes, values / len(sequences), gradients, strict=True)
         return torch.stack([probe.surrogate(value, parts, len(sequences)) for probe, value, parts in means])
 

@@ -48,7 +48,7 @@ class Case:
         """Capture and find, as a run does."""
         recipe = self.plan.recipe
         activations = capture.capture(recipe.capture, self.splits, recipe.find.needs, self.bench)
-        return find.find(recipe.find, activations, self.splits, lambda: self.bench)
+        return find.find(recipe.find, activations)
 
     def choice(self, candidates: Candidates, **changes: Any) -> Choice:
         """Select, with some of the recipe's selector changed."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from refusalkit import hookimpl
 from refusalkit.selector import Selector
-from refusalkit.strategy import ModelStrategy
+from refusalkit.strategy import Strategy
 from refusalkit_rdo.selectors import Cone
 from refusalkit_rdo.strategies import Rdo, RdoIndependent, RefusalCone
 
@@ -14,7 +14,7 @@ __all__ = ["Cone", "Rdo", "RdoIndependent", "RefusalCone"]
 
 
 @hookimpl
-def refusalkit_strategies() -> Sequence[type[ModelStrategy]]:
+def refusalkit_strategies() -> Sequence[type[Strategy]]:
     return (Rdo, RdoIndependent, RefusalCone)
 
 

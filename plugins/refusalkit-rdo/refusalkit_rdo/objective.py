@@ -11,8 +11,9 @@ from torch import Tensor
 
 from refusalkit import algebra
 from refusalkit.errors import RunError
+from refusalkit.intervention import Intervention
 from refusalkit.selector import Tokens
-from refusalkit.strategy import DifferentiableSubject, FindInputs
+from refusalkit.strategy import DifferentiableSubject, ModelInputs
 from refusalkit_rdo.place import Place
 
 if TYPE_CHECKING:
@@ -49,42 +50,36 @@ class Objective:
     advance: Callable[[str, int, int], None]
 
     @classmethod
-    def at(cls, place: Place, settings: Trained, inputs: FindInputs, subject: DifferentiableSubject) -> Objective:
-        """Complete the training prompts under the difference in means at `place`."""
-        difference = (inputs.harmful.mean - inputs.harmless.mean)[place.row, place.layer]
-        shown = inputs.advance or (lambda what, done, total: None)
-        n = min(len(inputs.harmful.prompts), len(inputs.harmless.prompts))
-        harmful, harmless = inputs.harmful.prompts[:n], inputs.harmless.prompts[:n]
-        wanted = settings.target_tokens
+    def at(cls, place: Place, difference: Tensor, settings: Trained, model: ModelInputs) -> Objective:
+        """Complete the training prompts under the difference in means [d_model] at `place`."""
+        shown = model.advance or (lambda what, done, total: None)
+        n = min(len(model.prompts["harmful"]), len(model.prompts["harmless"]))
+        harmful, harmless = model.prompts["harmful"][:n], model.prompts["harmless"][:n]
+        vector, wanted = difference.float(), settings.target_tokens
 
-        def told(done: int, total: int) -> None:
-            shown("targets", done, total)
+        def completed(prompts: Sequence[Tokens], edits: Intervention | None, length: int, what: str) -> list[Tokens]:
+            return model.subject.generate(prompts, edits, length, lambda done, total: shown(what, done, total))
 
-        vector = difference.float()
-        answers = subject.generate(harmful, place.ablation(vector), wanted, told)
-        refusals = subject.generate(harmless, place.addition(vector), wanted, told)
+        answers = completed(harmful, place.ablation(vector), wanted, "answers under ablation")
+        refusals = completed(harmless, place.addition(vector), wanted, "refusals under addition")
         # One token fewer: the KL is taken on the positions that predict them, and one more.
-        retained = subject.generate(harmless, None, wanted - 1, told) if wanted > 1 else [()] * n
-        targets = Targets(
-            harmful,
-            harmless,
-            tuple(answers),
-            tuple(first_sentence(tokens, inputs.text) for tokens in refusals),
-            tuple(retained),
-        )
-        for name, completions in (("ablated", targets.answers), ("added", targets.refusals)):
+        retained = completed(harmless, None, max(1, wanted - 1), "harmless answers")
+        sentences = [first_sentence(tokens, model.text) for tokens in refusals]
+        for what, completions in (("ablated", answers), ("added", sentences)):
             if not any(completions):
                 raise RunError(
-                    f"the model says nothing with the difference in means {name}, so there is no target to train for",
+                    f"the model says nothing with the difference in means {what}, so there is no target to train for",
                     where=f"find: position {place.position}, layer {place.layer}",
                     hint="state another `find.layer` or `find.position`",
                 )
-        return cls(place, difference, targets, settings, subject, shown)
+        targets = Targets(harmful, harmless, tuple(answers), tuple(sentences), tuple(retained))
+        return cls(place, difference, targets, settings, model.subject, shown)
 
     @property
     def length(self) -> Tensor:
         """The length of the difference in means, which additions keep."""
-        return self.difference.norm()
+        length: Tensor = self.difference.norm()
+        return length
 
     @property
     def n_prompts(self) -> int:
@@ -106,11 +101,12 @@ class Objective:
         ablations = [self.place.ablation(direction) for direction in directions]
         additions = [self.place.addition(self.length * algebra.unit(direction)) for direction in directions]
         weights, subject = self.settings, self.subject
-        ablated = subject.cross_entropy(harmful, answers, ablations)
-        added = subject.cross_entropy(harmless, refusals, additions)
-        changed = subject.kl_nats(harmless, retained, ablations, weights.target_tokens)
-        weighed = weights.ablation_weight * ablated + weights.addition_weight * added + weights.retain_weight * changed
-        return weighed.mean()
+        terms = (
+            (weights.ablation_weight, subject.cross_entropy(harmful, answers, ablations)),
+            (weights.addition_weight, subject.cross_entropy(harmless, refusals, additions)),
+            (weights.retain_weight, subject.kl_nats(harmless, retained, ablations, weights.target_tokens)),
+        )
+        return torch.stack([weight * values.mean() for weight, values in terms]).sum()
 
 
 def first_sentence(tokens: Tokens, text: Callable[[Tokens], str]) -> Tokens:

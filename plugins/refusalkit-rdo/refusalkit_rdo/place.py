@@ -8,10 +8,10 @@ from torch import Tensor
 
 from refusalkit.builtin.interventions import Ablate, Steer
 from refusalkit.builtin.screen import estimate
-from refusalkit.errors import InputError, RunError
+from refusalkit.errors import RunError
 from refusalkit.intervention import Direction, Intervention, Site
-from refusalkit.selector import Measure, SelectInputs, Subject
-from refusalkit.strategy import FindInputs
+from refusalkit.selector import Measure, SelectInputs
+from refusalkit.strategy import ModelInputs
 
 #: Training prompts a side on which differences in means are scored.
 FEW = 32
@@ -46,24 +46,18 @@ class Place:
         return Steer().build(self.direction(vector))
 
 
-def best_place(inputs: FindInputs, subject: Subject, layer: int | None, position: int | None) -> Place:
+def best_place(difference: Tensor, model: ModelInputs, layer: int | None, position: int | None) -> Place:
     """Return the place, of those the recipe leaves open, whose difference in means moves refusal furthest.
 
-    That is the largest induced score minus refusal score under ablation, measured on training prompts for the few
-    that the gradient estimate ranks first. Raises `InputError` for a place that was not captured, `RunError` where
-    the two sides do not differ.
+    difference [position, layer, d_model]. It moves refusal by the induced score minus the refusal score under ablation,
+    measured on training prompts for the few places that the gradient estimate ranks first. Raises `RunError` where the
+    two sides do not differ.
     """
-    n_layers = inputs.harmful.mean.shape[1]
-    if layer is not None and layer >= n_layers:
-        raise InputError(f"layer {layer} of {n_layers}", where="find.layer", hint=f"0 to {n_layers - 1}")
-    if position is not None and position not in inputs.positions:
-        known = ", ".join(map(str, inputs.positions))
-        raise InputError(f"position {position} was not captured", where="find.position", hint=f"captured: {known}")
-    difference = inputs.harmful.mean - inputs.harmless.mean
+    n_layers = difference.shape[1]
     layers = range(int(n_layers * (1 - PRUNED))) if layer is None else [layer]
     places = [
-        Place(row, at, label, n_layers, inputs.site)
-        for row, label in enumerate(inputs.positions)
+        Place(row, at, label, n_layers, model.site)
+        for row, label in enumerate(model.positions)
         for at in layers
         if position in (None, label) and difference[row, at].any()
     ]
@@ -73,17 +67,18 @@ def best_place(inputs: FindInputs, subject: Subject, layer: int | None, position
             where="find",
             hint="state another `find.layer` or `find.position`: layer 0 reads the token alone",
         )
-    return places[0] if len(places) == 1 else _best(places, difference, inputs, subject)
+    return places[0] if len(places) == 1 else _best(places, difference, model)
 
 
-def _best(places: list[Place], difference: Tensor, inputs: FindInputs, subject: Subject) -> Place:
-    openers = Measure("refusal_score", token_ids=inputs.opener_ids)
-    harmful, harmless = inputs.harmful.prompts[:FEW], inputs.harmless.prompts[:FEW]
-    known = SelectInputs(difference, inputs.positions, inputs.site, harmful, harmless, inputs.opener_ids)
-    order = estimate(known, subject, openers).ranked([(place.row, place.layer) for place in places], MAX_KL_NATS)
-    kept = [place for place in places if (place.row, place.layer) in order[:KEEP]]
+def _best(places: list[Place], difference: Tensor, model: ModelInputs) -> Place:
+    openers = Measure("refusal_score", token_ids=model.opener_ids)
+    harmful, harmless = model.prompts["harmful"][:FEW], model.prompts["harmless"][:FEW]
+    known = SelectInputs(difference, model.positions, model.site, harmful, harmless, model.opener_ids)
+    ranked = estimate(known, model.subject, openers).ranked([(place.row, place.layer) for place in places], MAX_KL_NATS)
+    kept = [place for place in places if (place.row, place.layer) in ranked[:KEEP]]
     vectors = [difference[place.row, place.layer].float() for place in kept]
     ablations = [place.ablation(vector) for place, vector in zip(kept, vectors, strict=True)]
     additions = [place.addition(vector) for place, vector in zip(kept, vectors, strict=True)]
-    moved = subject.measure(harmless, additions, openers).mean(1) - subject.measure(harmful, ablations, openers).mean(1)
-    return kept[int(moved.argmax())]
+    induced = model.subject.measure(harmless, additions, openers).mean(1)
+    bypassed = model.subject.measure(harmful, ablations, openers).mean(1)
+    return kept[int((induced - bypassed).argmax())]

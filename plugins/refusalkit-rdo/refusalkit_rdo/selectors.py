@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from refusalkit.builtin.selectors import NOTHING_FOUND
-from refusalkit.selector import Measure, Score, SelectInputs, Selection, Selector, Subject
+from refusalkit.builtin.candidates import NO_DIFFERENCE
+from refusalkit.selector import Advance, Measure, Score, SelectInputs, Selection, Selector, Subject
 from refusalkit_rdo.strategies import Sampling
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Cone(Selector):
         rows = vectors.reshape(-1, vectors.shape[-1])
         position = inputs.positions[row]
         if not rows.any():
-            return Score(position, layer, None, None, None, NOTHING_FOUND)
+            return Score(position, layer, None, None, None, NO_DIFFERENCE)
         place = Place(row, layer, position, inputs.directions.shape[1], inputs.site)
         openers = Measure("refusal_score", token_ids=inputs.opener_ids)
         kl = Measure("kl_nats", reference=subject.logits(inputs.harmless))
@@ -81,18 +81,17 @@ class Cone(Selector):
         directions = draw(rows, self.samples, self.sampling, torch.Generator().manual_seed(self.seed)).float()
         openers = Measure("refusal_score", token_ids=inputs.opener_ids)
         length = rows[0].norm().float()
-        shown = inputs.advance or (lambda what, done, total: None)
         ablations = [place.ablation(direction) for direction in directions]
         additions = [place.addition(length * direction) for direction in directions]
         kl = Measure("kl_nats", reference=subject.logits(inputs.harmless))
-        bypass, induced, changed = (
-            subject.measure(prompts, edits, measure, lambda done, total, what=what: shown(what, done, total)).mean(1)
-            for what, prompts, edits, measure in (
-                ("bypass scores of the cone", inputs.harmful, ablations, openers),
-                ("induced scores of the cone", inputs.harmless, additions, openers),
-                ("KL of the cone", inputs.harmless, ablations, kl),
-            )
-        )
+
+        def told(what: str) -> Advance | None:
+            advance = inputs.advance
+            return None if advance is None else lambda done, total: advance(what, done, total)
+
+        bypass = subject.measure(inputs.harmful, ablations, openers, told("cone ablated, harmful")).mean(1)
+        induced = subject.measure(inputs.harmless, additions, openers, told("cone added, harmless")).mean(1)
+        changed = subject.measure(inputs.harmless, ablations, kl, told("cone ablated, harmless")).mean(1)
         return {
             "cone_bypassed_share": (bypass < 0).double().mean().item(),
             "cone_mean_refusal_score": bypass.mean().item(),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from refusalkit.strategy import DifferentiableSubject, FindInputs, ModelStrategy
+from refusalkit.errors import InputError
+from refusalkit.strategy import Captured, ModelInputs, Setting, Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,12 +20,13 @@ Weight = Annotated[float, Field(ge=0)]
 Sampling = Literal["hypersphere", "interpolation"]
 
 
-class Trained(ModelStrategy):
+class Trained(Strategy):
     """Train directions for one place, which the difference in means decides unless the recipe does.
 
     They are as long as the difference in means there; everywhere else is zero, so there is one candidate.
     """
 
+    needs: ClassVar[Literal["means", "samples", "model"]] = "model"
     layer: Annotated[int, Field(ge=0, strict=True)] | None = None
     """The layer the direction is added at; null takes that of the best difference in means."""
     position: Annotated[int, Field(lt=0, strict=True)] | None = None
@@ -48,14 +50,25 @@ class Trained(ModelStrategy):
     seed: Annotated[int, Field(strict=True)] = 0
     """Decides where training starts, the order of prompts and the samples of a cone."""
 
-    def find(self, inputs: FindInputs, subject: DifferentiableSubject) -> Tensor:
+    def fitted(self, setting: Setting) -> Strategy:
+        if self.layer is not None and self.layer >= setting.n_layers:
+            hint = f"0 to {setting.n_layers - 1}"
+            raise InputError(f"layer {self.layer} of {setting.n_layers}", where="find.layer", hint=hint)
+        if self.position is not None and self.position not in setting.positions:
+            hint = f"captured: {', '.join(map(str, setting.positions))}"
+            raise InputError(f"position {self.position} is not captured", where="find.position", hint=hint)
+        return self
+
+    def find(self, harmful: Captured, harmless: Captured, model: ModelInputs | None = None) -> Tensor:
         from refusalkit_rdo.objective import Objective
         from refusalkit_rdo.place import best_place
 
-        place = best_place(inputs, subject, self.layer, self.position)
-        objective = Objective.at(place, self, inputs, subject)
+        assert model is not None
+        difference = harmful.mean - harmless.mean
+        place = best_place(difference, model, self.layer, self.position)
+        objective = Objective.at(place, difference[place.row, place.layer], self, model)
         rows = self.train(objective) * objective.length
-        found = inputs.harmful.mean.new_zeros((*inputs.harmful.mean.shape[:2], *rows.shape))
+        found = difference.new_zeros((*difference.shape[:2], *rows.shape))
         found[place.row, place.layer] = rows.to(found)
         return found[:, :, 0] if len(rows) == 1 else found
 
