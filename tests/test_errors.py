@@ -140,6 +140,17 @@ def test_thinking_on_a_model_without_it(plan_of: PlanOf, checkpoint: Copy) -> No
     assert plan_of(*settings).template.options == {"enable_thinking": False}
 
 
+def test_an_intervention_that_this_model_has_no_place_for(plan_of: PlanOf, checkpoint: Copy) -> None:
+    window = "evaluate.interventions=[{intervention: conditional, apply: {intervention: steer, layers: [5, 8]}}]"
+    error = refused(InputError, lambda: plan_of(window))
+    assert (error.where, error.message) == ("evaluate.interventions: steer(layers=[5, 8])", "layer 8 of 8")
+    folder = checkpoint(chat_template=TURNS + "{% if not enable_thinking %}none{% endif %}")
+    gate = (f"model.id={folder}", "model.adapter=qwen3", "evaluate.interventions=[conditional]")
+    plan_of(*gate)
+    error = refused(InputError, lambda: plan_of(*gate, "prompts.thinking=true"))
+    assert error.message == "its gate is read where the answer starts, and completions start with a thought"
+
+
 @pytest.mark.parametrize("name", ["no_such_variable", "tokenize", "messages", "add_generation_prompt", "chat_template"])
 def test_an_option_the_template_never_reads(plan_of: PlanOf, name: str) -> None:
     error = refused(InputError, lambda: plan_of(f"prompts.template_options={{{name}: true}}"))
@@ -241,6 +252,18 @@ def test_a_leak_is_refused_between_splits_and_between_sides(plan_of: PlanOf, tmp
             "changes nothing",
             "a scale of 0 changes nothing",
         ),
+        (
+            ("evaluate.interventions=[{intervention: conditional, threshold: 50}]",),
+            "evaluate.interventions: conditional(threshold=50.0)",
+            "changes nothing",
+            "its gate opens for no test prompt",
+        ),
+        (
+            ("evaluate.interventions=[{intervention: ablate, where: generated}]", "evaluate.metrics=[kl]"),
+            "evaluate.interventions: ablate(where=generated)",
+            "changes nothing",
+            "it acts on generated tokens alone: measure completions",
+        ),
     ],
 )
 def test_a_run_that_could_not_mean_anything_says_why(
@@ -276,7 +299,7 @@ def test_a_damaged_weight_is_found_at_once(
     plan = plan_of(f"model.id={folder}", *settings)
     error = refused(RunError, lambda: execute(plan, tmp_path / "out"))
     assert error.message == "the model's logits on harmful train prompts are not numbers"
-    assert os.listdir(tmp_path / "out") == ["recipe.yaml"]
+    assert sorted(os.listdir(tmp_path / "out")) == [".lock", "recipe.yaml"]
 
 
 # Places that cannot be written
@@ -314,7 +337,7 @@ def test_a_full_disk_stops_the_run_and_leaves_whole_stages(recipe_file: Path) ->
     assert error[0] == f"error: {out / 'capture'}: cannot be written: File too large"
     assert one_hint(error)
     left = {path.name for path in out.iterdir()}
-    assert left == {"recipe.yaml", "environment.json", "prompts"}
+    assert left == {".lock", "recipe.yaml", "environment.json", "prompts"}
 
 
 def test_a_recipe_that_cannot_be_read_in_the_folder_is_not_overwritten(plan_of: PlanOf, tmp_path: Path) -> None:

@@ -123,6 +123,20 @@ def test_a_sandboxed_run_ends_as_it_does_here(sandbox: Server, recipe: Path, run
     assert_same_run(run(recipe), run(recipe, on=sandbox))
 
 
+@pytest.mark.parametrize("actor", ["plain", "sandbox"])
+def test_gates_windows_and_turns_end_as_they_do_here(
+    actor: str, recipe: Path, run: Callable[..., Path], request: pytest.FixtureRequest
+) -> None:
+    chosen = (
+        "{intervention: conditional, threshold: 0.3, apply: {intervention: combine, parts: [clamp, steer]}}",
+        "{intervention: angular, degrees: 180, adaptive: true, layers: [2, 6]}",
+        "{intervention: ablate, where: generated}",
+        "{intervention: steer, where: last, steps: [0, 2]}",
+    )
+    settings = (f"evaluate.interventions=[{', '.join(chosen)}]", "evaluate.metrics=[refusal_rate, kl, cross_entropy]")
+    assert_same_run(run(recipe, *settings), run(recipe, *settings, on=request.getfixturevalue(actor)))
+
+
 def test_samples_come_back_for_strategies_that_need_them(plain: Server, recipe: Path, run: Callable[..., Path]) -> None:
     settings = ("find=pca", "select.selector=fixed", "select.layer=4")
     assert_same_run(run(recipe, *settings), run(recipe, *settings, on=plain))

@@ -8,6 +8,7 @@ import json
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from refusalkit.engine.remote import RemoteEngine, connect
 from refusalkit.engine.request import Capture, Completions, Cosines, Losses, Openings, Readings, Request, Scores
 from refusalkit.engine.server import Server, chosen_host
 from refusalkit.errors import InputError, RunError
-from refusalkit.intervention import NOTHING, Direction, Edit, Intervention
+from refusalkit.intervention import NOTHING, Direction, Edit, Gate, Intervention
 from refusalkit.plan import Plan
 from refusalkit.plan_text import describe
 from refusalkit.recipe import ModelSection
@@ -82,6 +83,12 @@ def requests(engine: Engine, prompts: tuple[tuple[int, ...], ...]) -> list[Reque
     vector = torch.randn(engine.d_model, generator=torch.Generator().manual_seed(0))
     ablate = ablate_everywhere(Direction(vector, -1, 2, engine.n_layers))
     steer = Intervention((Edit("resid_pre", 3, add=vector),))
+    read = engine.capture(prompts, (-1,), keep_samples=True).samples
+    assert read is not None
+    half = (read[:, 0, 2] @ vector).median().item() + 1e-3
+    later = Edit("resid_pre", 3, add=vector, tokens=(1, 3), gated=True)
+    gate = Gate("resid_pre", 2, -1, vector, half)
+    gated = Intervention((replace(later, site="mlp_out", tokens=(None, 0)), later), gate=gate)
     openers = Measure("refusal_score", (5, 7))
     return [
         Capture(prompts, (-2, -1)),
@@ -91,10 +98,12 @@ def requests(engine: Engine, prompts: tuple[tuple[int, ...], ...]) -> list[Reque
         Scores(prompts, [ablate, steer], Measure("kl_nats")),
         Scores(prompts, [ablate], Measure("kl_nats", reference=engine.logits(prompts, steer))),
         Openings([prompts[:3], prompts[2:], prompts], (5, 7), 4),
-        Readings(prompts, [NOTHING, ablate, steer], (5, 7), keep_logits=True),
+        Readings(prompts, [NOTHING, ablate, steer, gated], (5, 7), keep_logits=True),
         Completions(prompts, NOTHING, 6),
         Completions(prompts, ablate, 6),
+        Completions(prompts, gated, 6),
         Losses(prompts, [(4, 5, 6), (7,), (8, 9), (4,), (5, 6)], steer),
+        Losses(prompts, [(4, 5, 6), (7,), (8, 9), (4,), (5, 6)], gated),
         Cosines(prompts, vector, -1),
     ]
 

@@ -172,7 +172,11 @@ def full_evaluation(n_layers: int, labels: tuple[str, ...]) -> Evaluation:
     steps = [layer / max(1, n_layers - 1) for layer in range(n_layers)]
     separation = tuple(separation_of(side, slope, steps) for side, slope in (("harmful", 0.6), ("harmless", -0.2)))
     edited = tuple(f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(n_layers))
-    edits = (WeightEdit(label="orthogonalize", edited=edited, untied=True, claim=None, max_logit_gap=3.1e-7),)
+    claim = "the columns of the blocks' matrices keep their lengths"
+    edits = (
+        WeightEdit(label="orthogonalize", edited=edited, untied=True, claim=None, max_logit_gap=3.1e-7),
+        WeightEdit(label="kept", edited=edited, untied=True, claim=claim, max_logit_gap=0.2, plain_logit_gap=0.34),
+    )
     generated = tuple(generated_of(label, side) for label in labels for side in SIDES)
     return Evaluation(results=tuple(results), generated=generated, separation=separation, weight_edits=edits)
 
@@ -313,6 +317,9 @@ def test_missing_interventions_are_named(choice: Choice) -> None:
     assert "removing it from the weights takes" in weights
     subtracted = sentence(choice, evaluation_of({"none": (0.98, 0.02), "steer(scale=-1.0)": (0.03, 0.0)}))
     assert "subtracting it takes" in subtracted
+    part = {"ablate(where=generated)": (0.9, 0.0), "ablate": (0.03, 0.0), "steer(where=last)": (1.0, 0.1)}
+    whole = sentence(choice, evaluation_of({"none": (0.98, 0.02), **part, "steer": (1.0, 0.97)}))
+    assert "switches refusal off and on" in whole, "the plain forms are spoken of, not those kept to some tokens"
     assert "did not measure" in sentence(choice, evaluation_of({"none": (0.98, 0.02)}))
     assert "did not measure" in sentence(choice, Evaluation(results=(), generated=(), separation=()))
 
@@ -379,7 +386,8 @@ def test_the_page_needs_nothing_else(page: str) -> None:
 
 def test_the_page_says_where_its_numbers_come_from(page: str) -> None:
     for part in ("A toy model", "tiny:llama", "sha256:0123abcd", "evaluate.seed", "refusalkit-judges", "8 of 128",
-                 "3 duplicates", "KL above 0.1 nats", "equivalent to ablating", "carry 97% of"):  # fmt: skip
+                 "3 duplicates", "KL above 0.1 nats", "equivalent to ablating", "carry 97% of",
+                 "up to 0.34 standard deviations from the edit that does not keep them"):  # fmt: skip
         assert part in page, part
 
 

@@ -140,16 +140,15 @@ def _check_adapter(adapter: Adapter, architecture: str, tied: bool) -> tuple[Law
 def _asked(provider: type[BaseModel], kind: str, recipe: type[Recipe]) -> Recipe:
     """Ask for a thing in a recipe, by its defaults, and by its examples where there is no default.
 
-    Raises `InputError` when an option has neither.
+    Raises `UncheckedError` when an option has neither.
     """
     asked = {kind: default_of(provider, kind)}
     for key, option in provider.model_fields.items():
         if option.is_required():
             if not option.examples:
-                raise InputError(
-                    f"the option {key!r} has neither a default nor an example",
-                    where=provider.__name__,
-                    hint=f"declare one: `{key}: Annotated[..., Field(examples=[...])]`",
+                raise UncheckedError(
+                    f"the option {key!r} has neither a default nor an example; declare one in "
+                    f"`{provider.__name__}`: `{key}: Annotated[..., Field(examples=[...])]`"
                 )
             asked[key] = option.examples[0]
     sections: dict[str, Any] = {
