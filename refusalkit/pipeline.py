@@ -168,7 +168,10 @@ def _run(runner: Runner, until: str) -> None:
     )
     if "find" not in wanted:
         return
-    candidates = runner.stage(Candidates, lambda: find.find(plan.find, activations))
+    candidates = runner.stage(
+        Candidates,
+        lambda: find.find(plan.find, activations, lambda: find.model_inputs(activations, splits, runner.bench())),
+    )
     write_candidates(out, candidates, plan.metadata("find"))
     if "select" not in wanted:
         return
