@@ -56,7 +56,7 @@ class FromFile(Strategy):
     A run's `candidates.safetensors` and `direction.safetensors` say in their metadata where their directions belong. Of
     another file, a tensor `[position, layer, d_model]` has a direction for every captured position, `[layer, d_model]`
     for the last one, and `[d_model]` for the last one in every layer. Layer l is the block whose input is read; rows
-    that were read behind the blocks belong to `capture.site: resid_post`.
+    that were read behind the blocks belong to `capture.site: resid_post`. `refusalkit convert` reads other formats.
     """
 
     strategy: Literal["from_file"] = "from_file"
@@ -115,7 +115,7 @@ def _look(path: Path, tensor: str | None) -> Stored:
         raise InputError(
             f"is not a safetensors file: {error}",
             where=where,
-            hint="write the directions with safetensors, or name a run's candidates.safetensors",
+            hint="`refusalkit convert` turns the files of other tools into a direction.safetensors",
         ) from None
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", where=where) from None
