@@ -39,13 +39,14 @@ def orthonormal(vectors: Tensor) -> Tensor:
     """Return an orthonormal basis [rank, d_model] of the span of `vectors` [n, d_model].
 
     Directions that add less than 1e-6 of the largest singular value are dropped, so a repeated vector counts once.
+    Of a single vector it is the unit vector, which can be differentiated.
     """
     wide = vectors.double()
+    if len(wide) == 1:
+        return unit(wide[wide.any(-1)])
     _, singular, rows = torch.linalg.svd(wide, full_matrices=False)
     keep = singular > 1e-6 * singular.max()
     basis: Tensor = rows[keep]
-    if wide.shape[0] == 1:
-        basis = basis * torch.sign((basis * wide).sum())
     return basis
 
 
@@ -120,7 +121,7 @@ def apply(output: Output, change: Change, seen: Seen) -> Output:
         edited = edited.where(within(span, state, step), state)
     if gated:
         edited = edited.where(decided[0].to(state.device)[:, None, None], state)
-    edited = edited.reshape(original.shape)
+    edited = edited if state is original else edited.reshape(original.shape)
     return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
 

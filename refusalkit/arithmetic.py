@@ -180,6 +180,11 @@ class Find(Strategy):
         return (self, *(other for operation in self.then for other in operation.others))
 
     @property
+    def needs_model(self) -> bool:
+        """Whether one of its strategies needs the model."""
+        return any(strategy.needs == "model" for strategy in self.strategies)
+
+    @property
     def label(self) -> str:
         """How it is written in reports."""
         return ", then ".join([self.strategy, *([", ".join(each.label for each in self.then)] if self.then else [])])

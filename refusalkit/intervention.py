@@ -44,6 +44,11 @@ class Edit:
     gated: bool = False
     """Whether only prompts are changed that the intervention's gate lets through."""
 
+    @property
+    def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """What `algebra.edit` takes beside the hidden state, in its order."""
+        return self.remove, self.add, self.turn, self.along
+
 
 @dataclass(frozen=True, eq=False)
 class Gate:
@@ -63,7 +68,7 @@ class Intervention:
     """Hold everything an engine does differently: edits of activations, or a subspace removed from the weights."""
 
     edits: tuple[Edit, ...] = ()
-    """In forward order of their places; at one place in the order given."""
+    """Applied in forward order of their places, and at one place in the order given."""
     weights: Tensor | None = None
     """Orthonormal rows [rank, d_model] to remove from every weight that writes the residual stream."""
     keeps_norms: bool = False

@@ -122,6 +122,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples
         openers_needed=recipe.prompts.filter or recipe.select.scores_refusals,
     )
     _check_sides(recipe)
+    _check_finds_again(recipe)
     find = fitted(
         recipe.find,
         Setting(
@@ -156,6 +157,16 @@ def _check_sides(recipe: Recipe) -> None:
             f"{asking[0]} works on safe prompts that look harmful, and the recipe names none",
             where="prompts.over_refusal",
             hint="add `over_refusal:` below `prompts:`, such as builtin:over_refusal_safe",
+        )
+
+
+def _check_finds_again(recipe: Recipe) -> None:
+    if recipe.select.finds_again and recipe.find.needs_model:
+        raise InputError(
+            f"{recipe.select.selector} finds directions again from parts of the activations, and "
+            f"{recipe.find.label} needs the model for that",
+            where="select",
+            hint="choose another selector, such as causal",
         )
 
 
@@ -216,13 +227,21 @@ def _check_remote(recipe: Recipe) -> None:
             where="evaluate.interventions",
             hint=local,
         )
-    for where, section in (("find", recipe.find), ("select", recipe.select)):
-        if section.needs_gradients:
+    for where, needed in gradients(recipe).items():
+        if needed:
             raise InputError(
                 "needs gradients, which a server does not compute for code it does not trust", where=where, hint=local
             )
     if model.quantize != "none":
         raise InputError("the server decides how weights are stored", where="model.quantize", hint=local)
+
+
+def gradients(recipe: Recipe) -> dict[str, bool]:
+    """Say which of the stages that may run backward passes do."""
+    return {
+        "find": any(strategy.needs_gradients for strategy in recipe.find.strategies),
+        "select": recipe.select.needs_gradients,
+    }
 
 
 def _check_quantized(recipe: Recipe) -> None:
@@ -373,6 +392,9 @@ def _keys(
             "section": content(find),
             "owner": owner("strategies", find.strategy),
             **({"others": [owner("strategies", name) for name in others]} if others else {}),
+            # What it makes of the model is our work as much as its owner's. All else that decides the result (prompts,
+            # openers, template, weights) is in the key of the stage before.
+            **({"engine": refusalkit.__version__} if find.needs_model else {}),
         },
         "select": {
             "section": recipe.select.model_dump(mode="json"),

@@ -9,7 +9,8 @@ from typing import Any
 from refusalkit.artifacts import Split
 from refusalkit.batch import Batch
 from refusalkit.checkpoint import Checkpoint
-from refusalkit.plan import SPLITS, Plan
+from refusalkit.plan import SPLITS, Plan, gradients
+from refusalkit.recipe import Recipe
 from refusalkit.remote_cost import costs
 from refusalkit.report.wording import bytes_of
 from refusalkit.store import STAGES, Store
@@ -39,10 +40,11 @@ def describe(plan: Plan, out: Path) -> str:
         *_template(plan.template),
         *[(side.replace("_refusal", "-ref."), _counts(splits)) for side, splits in plan.prompts.sides.items()],
         ("capture", f"{recipe.capture.site} at {len(plan.prompts.positions)} positions: {positions}"),
-        ("find", f"{plan.find.label}: {plan.n_candidates} candidates"),
+        ("find", f"{plan.find.label}: {'at most ' if plan.find.needs_model else ''}{plan.n_candidates} candidates"),
         ("select", f"{recipe.select.selector}, {_options(recipe.select)}"),
         ("evaluate", ", ".join(spec.label for spec in recipe.evaluate.interventions)),
         ("", ", ".join(metric.metric for metric in recipe.evaluate.metrics)),
+        *_gradients(recipe),
         *[("forward" if number == 0 else "", text) for number, text in enumerate(_passes(plan))],
         ("out", str(out)),
         *_done(plan, out),
@@ -96,6 +98,12 @@ def _server(plan: Plan) -> list[tuple[str, str]]:
         ("jobs", f"about {sum(cost.jobs for cost in stages.values())}: {counts}"),
         ("bytes", f"at most about {bytes_of(up)} up, {bytes_of(down)} down"),
     ]
+
+
+def _gradients(recipe: Recipe) -> list[tuple[str, str]]:
+    """Name the stages that run backward passes."""
+    stages = " and ".join(stage for stage, needed in gradients(recipe).items() if needed)
+    return [("gradients", f"{stages}: on this machine, no server computes them")] if stages else []
 
 
 def _options(section: Any) -> str:

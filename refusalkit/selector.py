@@ -110,7 +110,7 @@ class SelectInputs:
     captured: Mapping[Side, Captured] = field(default_factory=dict)
     """Their activations; every prompt's for a selector that needs `samples`."""
     find: Callable[[Mapping[Side, Captured]], Tensor] | None = None
-    """Finds directions again, from other activations."""
+    """Finds directions again, from other activations; None where the strategy needs the model."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,8 @@ class Selector(BaseModel, ABC):
     """Whether it asks the model anything."""
     scores_refusals: ClassVar[bool] = True
     """Whether it looks at refusal scores, and so at the openers."""
+    finds_again: ClassVar[bool] = False
+    """Whether it finds directions again (`SelectInputs.find`), which takes a strategy that does not need the model."""
     openers: Literal["auto"] | tuple[str | TokenId, ...] = "auto"
     """The texts that open a refusal, turned into token ids in context, or token ids; `auto` takes the family's where
     this model says them and otherwise finds them on the training prompts."""

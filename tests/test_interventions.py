@@ -325,6 +325,14 @@ def test_the_gate_stands_where_the_threshold_says_and_faces_the_side_it_is_for(e
             assert torch.equal(other.vector, -gate.vector)
 
 
+def test_a_gate_needs_a_layer_in_which_the_two_sides_differ() -> None:
+    same = torch.ones(3, 4)
+    direction = Direction(torch.eye(4)[1], -1, 1, 3, harmless=same, harmful=same + torch.eye(4)[:3])
+    assert Conditional().build(direction).gate
+    with pytest.raises(RunError, match="do not differ at position -1, layer 0"):
+        Conditional(layer=0).build(direction)
+
+
 def test_the_gate_of_a_control_reads_along_the_direction_that_was_found(engine: Engine) -> None:
     direction = _direction(engine)
     control = replace(direction, vector=torch.ones(engine.d_model), found=direction.vector)

@@ -317,6 +317,9 @@ def test_missing_interventions_are_named(choice: Choice) -> None:
     assert "removing it from the weights takes" in weights
     subtracted = sentence(choice, evaluation_of({"none": (0.98, 0.02), "steer(scale=-1.0)": (0.03, 0.0)}))
     assert "subtracting it takes" in subtracted
+    part = {"ablate(where=generated)": (0.9, 0.0), "ablate": (0.03, 0.0), "steer(where=last)": (1.0, 0.1)}
+    whole = sentence(choice, evaluation_of({"none": (0.98, 0.02), **part, "steer": (1.0, 0.97)}))
+    assert "switches refusal off and on" in whole, "the plain forms are spoken of, not those kept to some tokens"
     assert "did not measure" in sentence(choice, evaluation_of({"none": (0.98, 0.02)}))
     assert "did not measure" in sentence(choice, Evaluation(results=(), generated=(), separation=()))
 

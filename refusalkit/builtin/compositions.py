@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from refusalkit.builtin.interventions import Steer
-from refusalkit.errors import InputError
+from refusalkit.errors import InputError, RunError
 from refusalkit.intervention import (
     SITES,
     ActivationSpec,
@@ -90,6 +90,13 @@ class Conditional(InterventionSpec):
         layer = direction.layer if self.layer is None else self.layer
         harmful, harmless = direction.harmful[layer].double(), direction.harmless[layer].double()
         along = _along(direction, harmful - harmless)
+        if not along.any():
+            raise RunError(
+                f"harmful and harmless training prompts do not differ at position {direction.position}, layer {layer}, "
+                "so there is nothing to read",
+                where=_where(self),
+                hint="read the gate in a later `layer`: layer 0 sees the template's token alone",
+            )
         threshold = torch.lerp(harmless @ along, harmful @ along, self.threshold).item()
         sign = 1.0 if self.when == "harmful" else -1.0
         return Gate(direction.site, layer, direction.position, sign * along, sign * threshold)

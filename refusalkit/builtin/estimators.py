@@ -140,8 +140,8 @@ class Leace(PerPlace):
     """Whiten the difference in means by the covariance of all prompts, the direction that LEACE reads.
 
     LEACE (Belrose et al. 2023, 2306.03819) subtracts along the difference in means as much as it reads here. That is no
-    orthogonal projection: ablation removes what LEACE reads, and leaves what it subtracts along. The covariance is
-    shrunk as in the authors' library (Bodnar et al. 2014, 1308.2608).
+    orthogonal projection: ablation removes what LEACE reads, and leaves what it subtracts along. It is the direction of
+    `lda` but for the shrinkage, which is linear (Bodnar et al. 2014, 1308.2608), and takes milliseconds at any d_model.
     """
 
     strategy: Literal["leace"] = "leace"
@@ -149,15 +149,19 @@ class Leace(PerPlace):
     def fit(self, harmful: Tensor, harmless: Tensor) -> Tensor:
         import torch
 
-        x = torch.cat([harmful, harmless])
-        x = x - x.mean(0)
-        difference = harmful.mean(0) - harmless.mean(0)
+        means = harmful.mean(0), harmless.mean(0)
+        difference = means[0] - means[1]
+        # The covariance of all prompts is that within the sides and a multiple of the difference's outer product, which
+        # turns nothing: only what is within has to be estimated.
+        x = torch.cat([harmful - means[0], harmless - means[1]])
         (n, d), gram = x.shape, x @ x.T / len(x)
-        trace = gram.trace()
-        # The covariance S and S's trace spread over all dimensions are mixed so that the error is least.
-        kept = (1 - trace**2 / n / (gram.square().sum() - trace**2 / d)).clamp(0, 1 - 1e-6)
+        trace, square = gram.trace(), gram.square().sum()
+        # The covariance S and its trace spread over all dimensions, mixed so that the expected error is least.
+        kept = (1 - trace**2 / n / (square - trace**2 / d)).nan_to_num().clamp(0, 1 - 1e-6)
         spread = (1 - kept) * trace / d
-        # Woodbury: (kept S + spread I)^-1 v needs no more than the prompts' inner products.
+        if spread == 0:
+            return difference
+        # Woodbury: (kept S + spread I)^-1 v takes no more than the prompts' inner products.
         inner = torch.linalg.solve(spread * torch.eye(n, dtype=x.dtype) + kept * gram, x @ difference)
         whitened: Tensor = (difference - kept * x.T @ inner / n) / spread
         return whitened

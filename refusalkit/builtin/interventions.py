@@ -59,8 +59,8 @@ class Orthogonalize(InterventionSpec):
     intervention: Literal["orthogonalize"] = "orthogonalize"
     on_weights = True
     keep_norms: bool = False
-    """Give every column of the blocks' matrices back the length it had (norm-preserving abliteration). That is another
-    model than the plain edit, which equals ablation; the report says how far apart they are."""
+    """Give every column of the blocks' matrices back the length it had (norm-preserving abliteration). On no
+    architecture is that equal to ablation; the report says how far it is from ablation and from the plain edit."""
 
     def build(self, direction: Direction) -> Intervention:
         return Intervention(weights=direction.basis, keeps_norms=self.keep_norms)

@@ -31,6 +31,7 @@ class Separation(Selector):
     needs = "samples"
     runs_model = False
     scores_refusals = False
+    finds_again = True
     folds: Annotated[int, Field(ge=2, strict=True)] = 5
     """How many parts the training prompts are divided into."""
     min_auroc: Annotated[float, Field(ge=0, le=1)] = 0.5

@@ -21,8 +21,6 @@ from refusalkit.intervention import SITES, Edit, Intervention, Site
 #: there); with neither, what is there is kept.
 Step = tuple[str, bool, algebra.Gate | None, algebra.Change | None]
 Program = tuple[Step, ...]
-#: The tensors of an edit, in the order in which `algebra.edit` takes them.
-_PARTS = ("remove", "add", "turn", "along")
 
 
 class Pack(NamedTuple):
@@ -65,7 +63,7 @@ def _signature(intervention: Intervention) -> tuple[object, ...]:
     return (
         None if gate is None else (gate.site, gate.layer, gate.position),
         *(
-            (edit.layer, edit.site, edit.tokens, edit.gated, *(_shape(getattr(edit, part)) for part in _PARTS))
+            (edit.layer, edit.site, edit.tokens, edit.gated, *map(_shape, edit.parts))
             for edit in _ordered(intervention)
         ),
     )
@@ -93,10 +91,12 @@ def lower(
     rows: int,
     device: torch.device,
     reads: Sequence[tuple[Site, int]] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> Program:
     """Lower interventions of one pack to steps; each intervention covers `rows` consecutive rows of the batch.
 
-    `reads` are the (site, layer) whose hidden state is kept, as it is after the edits of that place.
+    `reads` are the (site, layer) whose hidden state is kept, as it is after the edits of that place. Tensors go to
+    `device` in `dtype`.
     """
     # One basis stands in three edits a layer; stacking it once keeps a pack of 90 edits to one tensor.
     stacked: dict[tuple[int, ...], Tensor] = {}
@@ -111,7 +111,7 @@ def lower(
             if len(present) > 1:
                 value = torch.stack([tensor.reshape(-1, tensor.shape[-1]) for tensor in present])
                 value = value.repeat_interleave(rows, 0)
-            stacked[key] = value.float().to(device)
+            stacked[key] = value.to(dtype).to(device)
         return stacked[key]
 
     steps: list[tuple[tuple[int, int, int], Step]] = []
@@ -124,7 +124,7 @@ def lower(
         steps.append(((layer, SITES.index(site), 0), (*place(layout, site, layer), gate, None)))
     for edits in zip(*[_ordered(intervention) for intervention in pack], strict=True):
         site, layer, tokens = edits[0].site, edits[0].layer, edits[0].tokens
-        remove, add, turn, along = (rowwise([getattr(edit, part) for edit in edits]) for part in _PARTS)
+        remove, add, turn, along = map(rowwise, zip(*[edit.parts for edit in edits], strict=True))
         change = ((remove, add, turn, along), None if tokens == (None, None) else tokens, edits[0].gated)
         steps.append(((layer, SITES.index(site), 1), (*place(layout, site, layer), None, change)))
     for site, layer in reads:

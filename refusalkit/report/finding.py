@@ -169,6 +169,8 @@ def _verdict(effects: list[Effect]) -> str:
 def _removing(evaluation: Evaluation, side: Side = "harmful") -> Effect | None:
     """Take the strongest form of removal that was measured: ablation, then the weights, then subtraction."""
     names = [label for label in interventions(evaluation) if not is_control(label)]
+    # The plain form says more than one that is kept to some layers or tokens.
+    names.sort(key=lambda label: label != _kind(label))
     kinds = (("ablate", "removing it"), ("orthogonalize", "removing it from the weights"))
     for kind, verb in kinds:
         for label in names:
@@ -184,7 +186,9 @@ def _removing(evaluation: Evaluation, side: Side = "harmful") -> Effect | None:
 
 def _adding(evaluation: Evaluation) -> Effect | None:
     names = [label for label in interventions(evaluation) if _kind(label) == "steer" and not is_control(label)]
-    positive = sorted((label for label in names if _scale(label) > 0), key=lambda label: abs(_scale(label) - 1))
+    positive = sorted(
+        (label for label in names if _scale(label) > 0), key=lambda label: (abs(_scale(label) - 1), len(label))
+    )
     for label in positive:
         if effect := _effect(evaluation, label, "harmless", _times("adding it", _scale(label)), 1):
             return effect

@@ -31,7 +31,7 @@ def select(
             **validation,
             training={side: bench.tokens(splits.of(side, "train")) for side in activations.captured},
             captured=activations.captured,
-            find=lambda captured: directions_from(section, captured),
+            find=None if section.needs_model else lambda captured: directions_from(section, captured),
         ),
         bench.engine,
     )
@@ -43,7 +43,8 @@ def select(
         raise RunError(
             f"the direction at position {chosen.position}, layer {chosen.layer} is zero: nothing was found there",
             where="select",
-            hint="choose another place: layer 0 reads the token alone, and template tokens are the same everywhere",
+            hint="choose another place: at layer 0 template tokens are the same in every prompt, and a direction "
+            "that is trained is found at one place",
         )
     return Choice(
         selector=selector.selector,

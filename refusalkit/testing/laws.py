@@ -14,8 +14,10 @@ from torch import Tensor
 
 from refusalkit import algebra
 from refusalkit.adapter import Adapter
+from refusalkit.builtin.adapters import LLAMA
 from refusalkit.builtin.interventions import ablate_everywhere
 from refusalkit.engine.engine import Engine
+from refusalkit.engine.gradients import Differentiable
 from refusalkit.engine.layout import resolve
 from refusalkit.engine.load import engine_of
 from refusalkit.errors import InputError
@@ -24,8 +26,8 @@ from refusalkit.metric import SIDES, Evidence, Metric, Side
 from refusalkit.prompt_source import PromptSource
 from refusalkit.prompt_split import SPLITS
 from refusalkit.selector import SelectInputs, Selector
-from refusalkit.strategy import Captured, Strategy
-from refusalkit.testing.models import random_prompts, tiny_tokenizer
+from refusalkit.strategy import Captured, ModelInputs, Strategy
+from refusalkit.testing.models import random_engine, random_prompts, tiny_tokenizer
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,11 @@ def over_refused(harmless: Captured, direction: Tensor, seed: int = 1) -> tuple[
 def check_strategy(strategy: Strategy) -> tuple[Law, ...]:
     """Check a strategy on activations with a planted direction, which a control must not find.
 
-    One that finds from over-refusal prompts has to find what sets these alone apart.
+    One that finds from over-refusal prompts has to find what sets these alone apart. One that needs the model is given
+    a tiny random one, in which nothing is planted.
     """
+    if strategy.needs == "model":
+        return _check_with_model(strategy, random_engine("LlamaForCausalLM", LLAMA))
     harmful, harmless, direction = planted()
     sides: dict[Side, Captured] = {"harmful": harmful, "harmless": harmless}
     if "over_refusal" in strategy.sides:
@@ -176,15 +181,40 @@ def check_strategy(strategy: Strategy) -> tuple[Law, ...]:
     bases = [algebra.orthonormal(flat[row, layer]) for row in range(2) for layer in range(3)]
     cosine = min((basis @ direction).norm().item() for basis in bases)
     mutated = max((side.mean - mean).abs().max().item() for side, mean in zip(inputs.values(), before, strict=True))
-    expected = (*harmful.mean.shape[:2], harmful.mean.shape[-1])
     return (
-        Law("shape is [position, layer, (rank,) d_model]", float((*found.shape[:2], found.shape[-1]) != expected), 0.0),
-        Law("every number is finite", float((~found.isfinite()).sum()), 0.0),
-        Law("the inputs are not changed", mutated, 0.0),
-        Law("the same inputs give the same result", (found - again).abs().max().item(), 0.0),
+        *_directions(found, again, harmful.mean.shape, mutated),
         Law("a control does not find the direction (cosine)", cosine, 0.6)
         if strategy.control
         else Law("recovers a planted direction (cosine)", cosine, 0.95, at_least=True),
+    )
+
+
+def _check_with_model(strategy: Strategy, engine: Engine) -> tuple[Law, ...]:
+    prompts: dict[Side, Any] = {side: random_prompts(6, seed=seed) for seed, side in enumerate(strategy.sides)}
+    means = {side: engine.capture(tokens, (-2, -1)).mean for side, tokens in prompts.items()}
+    captured: dict[str, Any] = {side: Captured(mean.clone(), len(prompts[side])) for side, mean in means.items()}
+    model = ModelInputs(Differentiable(engine), prompts, (-2, -1), "resid_pre", (5, 6), engine.model.tokenizer.decode)
+    plain = engine.logits(prompts["harmful"])
+    found, again = (strategy.find(**captured | {"model": model}) for _ in range(2))
+    mutated = max((captured[side].mean - mean).abs().max().item() for side, mean in means.items())
+    changed = (engine.logits(prompts["harmful"]) - plain).abs().max().item()
+    trained = sum(weight.requires_grad or weight.grad is not None for weight in engine.module.parameters())
+    return (
+        *_directions(found, again, means["harmful"].shape, mutated),
+        Law("something is found", found.norm().item(), 1e-6, at_least=True),
+        Law("the model is as it was", changed, 0.0),
+        Law("no weight takes a gradient", float(trained), 0.0),
+    )
+
+
+def _directions(found: Tensor, again: Tensor, expected: torch.Size, mutated: float) -> tuple[Law, ...]:
+    """State the laws of what every strategy returns; `again` is what it returned the second time."""
+    seen = (*found.shape[:2], found.shape[-1])
+    return (
+        Law("shape is [position, layer, (rank,) d_model]", float(seen != tuple(expected)), 0.0),
+        Law("every number is finite", float((~found.isfinite()).sum()), 0.0),
+        Law("the inputs are not changed", mutated, 0.0),
+        Law("the same inputs give the same result", (found - again).abs().max().item(), 0.0),
     )
 
 
@@ -225,13 +255,12 @@ def _edits_obey_algebra(built: Intervention, d_model: int) -> tuple[Law, ...]:
     x = torch.randn((3, 5, d_model), generator=torch.Generator().manual_seed(5))
     twice, back = [0.0], [0.0]
     for edit in built.edits:
-        parts = (edit.remove, edit.add, edit.turn, edit.along)
-        once = algebra.edit(x, *parts)
+        once = algebra.edit(x, *edit.parts)
         if edit.remove is None and edit.add is not None:
             taken = algebra.edit(algebra.edit(x, add=edit.add), add=-edit.add)
             back.append(((taken - x).norm() / x.norm()).item())
         elif edit.remove is not None and _stays_inside(edit):
-            twice.append(((algebra.edit(once, *parts) - once).norm() / once.norm()).item())
+            twice.append(((algebra.edit(once, *edit.parts) - once).norm() / once.norm()).item())
     return (
         Law("setting a component twice is setting it once", max(twice), 1e-5),
         Law("what is added can be taken back", max(back), 1e-5),
