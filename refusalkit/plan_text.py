@@ -114,7 +114,8 @@ def _passes(plan: Plan) -> list[str]:
     test = len(asked.harmful["test"]) + len(asked.harmless["test"])
     acting = [spec for spec in plan.recipe.evaluate.interventions if spec.uses_direction]
     controls = sum(not spec.on_weights for spec in acting) * plan.recipe.evaluate.controls
-    cases = 1 + len(acting) + controls
+    # What a gate does is compared with a pass of its own.
+    cases = 1 + len(acting) + controls + any(spec.gated for spec in acting)
     return [
         f"prompts {train + harmful + harmless} passes of one prompt, capture at most {train}",
         f"select at most {plan.n_candidates * (2 * harmless + harmful)}, most far fewer",
