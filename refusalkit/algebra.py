@@ -39,14 +39,28 @@ def orthonormal(vectors: Tensor) -> Tensor:
     """Return an orthonormal basis [rank, d_model] of the span of `vectors` [n, d_model].
 
     Directions that add less than 1e-6 of the largest singular value are dropped, so a repeated vector counts once.
+    Of a single vector it is the unit vector, which can be differentiated.
     """
     wide = vectors.double()
+    if len(wide) == 1:
+        return unit(wide[wide.any(-1)])
     _, singular, rows = torch.linalg.svd(wide, full_matrices=False)
     keep = singular > 1e-6 * singular.max()
     basis: Tensor = rows[keep]
-    if wide.shape[0] == 1:
-        basis = basis * torch.sign((basis * wide).sum())
     return basis
+
+
+def minus_projection(directions: Tensor, others: Tensor, share: float = 1.0) -> Tensor:
+    """Return `directions` without their projection on the span of `others`, or without a share of it.
+
+    Both [position, layer, d_model] or [position, layer, rank, d_model], ranks of their own. What is left of a direction
+    that lies within the span is rounding, and becomes zero. Computed in float64.
+    """
+    rows, span = (x.double().reshape(*x.shape[:2], -1, x.shape[-1]) for x in (directions, others))
+    left = rows - share * (rows @ torch.linalg.pinv(span) @ span)
+    norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (left, rows)]
+    kept: Tensor = left.masked_fill(norms[0] <= 1e-6 * norms[1], 0.0)
+    return kept.reshape(directions.shape)
 
 
 def widen(x: Tensor) -> Tensor:

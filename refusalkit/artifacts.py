@@ -12,7 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from refusalkit.intervention import Site
-from refusalkit.metric import Side
+from refusalkit.metric import SIDES, Side
+from refusalkit.strategy import Captured
 
 Split = Literal["train", "validation", "test"]
 
@@ -73,12 +74,14 @@ class Openers(Frozen):
 
 
 class PromptSplits(Artifact):
-    """Hold the prompts of both sides and every split, after the filter, and how they are rendered."""
+    """Hold the prompts of every side and split, after the filter, and how they are rendered."""
 
     stage = "prompts"
 
     harmful: dict[Split, tuple[str, ...]]
     harmless: dict[Split, tuple[str, ...]]
+    over_refusal: dict[Split, tuple[str, ...]] | None = None
+    """None where the recipe names none."""
     positions: tuple[int, ...]
     """The positions to capture: negative, counted from the end of the rendered prompt, ascending."""
     position_tokens: tuple[str, ...]
@@ -89,9 +92,15 @@ class PromptSplits(Artifact):
     """What the filter did; empty when it is off."""
     duplicates_dropped: int = 0
 
+    @property
+    def sides(self) -> dict[Side, dict[Split, tuple[str, ...]]]:
+        """The prompts of every side there is, by split."""
+        present = {side: getattr(self, side) for side in SIDES}
+        return {side: splits for side, splits in present.items() if splits is not None}
+
     def of(self, side: Side, split: Split) -> tuple[str, ...]:
-        """Return the prompts of one side and split."""
-        return (self.harmful if side == "harmful" else self.harmless)[split]
+        """Return the prompts of one side and split; none where there is no such side."""
+        return self.sides.get(side, {}).get(split, ())
 
 
 class Activations(Artifact):
@@ -108,8 +117,21 @@ class Activations(Artifact):
     n_harmful: int
     n_harmless: int
     harmful_samples: Tensor | None = None
-    """[prompt, position, layer, d_model] float32, where the strategy needs them."""
+    """[prompt, position, layer, d_model] float32, where the strategy or the selector needs them."""
     harmless_samples: Tensor | None = None
+    over_refusal_mean: Tensor | None = None
+    """[position, layer, d_model] float64; this and what follows, where the strategy finds from over-refusal prompts."""
+    n_over_refusal: int = 0
+    over_refusal_samples: Tensor | None = None
+
+    @property
+    def captured(self) -> dict[Side, Captured]:
+        """What strategies are given, by side."""
+        return {
+            side: Captured(mean, getattr(self, f"n_{side}"), getattr(self, f"{side}_samples"))
+            for side in SIDES
+            if (mean := getattr(self, f"{side}_mean")) is not None
+        }
 
 
 class Candidates(Artifact):
@@ -118,10 +140,16 @@ class Candidates(Artifact):
     stage = "find"
 
     strategy: str
+    """With what was done to its directions afterwards."""
     site: Site
     positions: tuple[int, ...]
     directions: Tensor
     """[position, layer, d_model] or [position, layer, rank, d_model] float64, as found (not normalised)."""
+    cosines: Tensor | None = None
+    """[position, layer] float64: of each direction, or the first row of a subspace, with the difference in means there;
+    not-a-number where one of the two is zero, and None where the activations are not known."""
+    repairs: bool = False
+    """Whether it was found from over-refusal prompts, to answer them."""
 
 
 class ScoreRow(Frozen):
@@ -148,8 +176,10 @@ class Choice(Artifact):
     direction: Tensor
     """[d_model] or [rank, d_model] float64, as found."""
     scores: tuple[ScoreRow, ...]
-    baseline_refusal_score: float
-    baseline_harmless_score: float
+    baseline_refusal_score: float | None
+    baseline_harmless_score: float | None
+    cosine: MaybeNaN | None = None
+    """Between the direction, of a subspace the first row, and the difference in means at the same place."""
 
     @property
     def chosen(self) -> ScoreRow:

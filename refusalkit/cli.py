@@ -170,7 +170,7 @@ def _execute(plan: Plan, folder: Path, until: Until = Until.report) -> None:
         from refusalkit.run_directory import read_run
 
         finished = read_run(folder)
-        print(sentence(finished.choice, finished.evaluation), file=sys.stderr)
+        print(sentence(finished.choice, finished.evaluation, repairs=finished.candidates.repairs), file=sys.stderr)
 
 
 @app.command()

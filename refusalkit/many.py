@@ -93,7 +93,7 @@ def _outcome(task: Task, end: Ended | None) -> str:
     if end is None:
         return ""
     if end.error is not None:
-        return f"{end.error.where}: {end.error.message}" if end.error.where else end.error.message.partition("\n")[0]
+        return ": ".join(filter(None, [end.error.where, end.error.message.partition("\n")[0]]))
     choice = Store(task.out).load(Choice)
     return f"layer {choice.layer}, position {choice.position}" if choice else f"until {task.until}"
 
@@ -101,9 +101,9 @@ def _outcome(task: Task, end: Ended | None) -> str:
 def _print_result(batch: Batch, ended: Mapping[str, Ended]) -> None:
     """Print the path of the page to read: the report of a run, the comparison of a sweep."""
     done = [run.out for run in batch.runs if run.plan.recipe.name in ended and not ended[run.plan.recipe.name].error]
-    if not batch.is_sweep and done:
-        print(batch.folder / "report.html")
-    elif len(done) > 1:
+    if len(done) == 1:
+        print(done[0] / "report.html")
+    elif done:
         from refusalkit.report.comparison import compare
         from refusalkit.report.comparison_page import write_comparison
         from refusalkit.report.comparison_text import text

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Side = Literal["harmful", "harmless"]
+#: What prompts are: requests to refuse, requests to answer, and requests to answer that look like those to refuse.
+Side = Literal["harmful", "harmless", "over_refusal"]
+SIDES: tuple[Side, ...] = get_args(Side)
 Need = Literal["completions", "scores", "logits", "losses"]
 
 
@@ -61,7 +63,7 @@ class Metric(BaseModel, ABC):
     """A rate of yes-or-no values gets a Wilson interval, a mean a bootstrap interval."""
     unit: ClassVar[str]
     needs: ClassVar[Need]
-    sides: ClassVar[tuple[Side, ...]] = ("harmful", "harmless")
+    sides: ClassVar[tuple[Side, ...]] = SIDES
     """The sides on which the number means something."""
 
     @abstractmethod

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -27,7 +27,6 @@ from refusalkit.artifacts import (
     Unmodified,
 )
 from refusalkit.engine.engine import Engine
-from refusalkit.engine.remote import RemoteEngine, connect
 from refusalkit.errors import InputError
 from refusalkit.plan import Plan
 from refusalkit.progress import Progress, Silent
@@ -35,6 +34,9 @@ from refusalkit.sharing import Sharing, hold
 from refusalkit.stages import capture, evaluate, find, prompts, select
 from refusalkit.stages.bench import Bench
 from refusalkit.store import STAGES, Store, cannot_write, write_json, write_tensors, write_text
+
+if TYPE_CHECKING:
+    from refusalkit.engine.remote import RemoteEngine
 
 A = TypeVar("A", bound=Artifact)
 #: Says of an artifact that it was in the run's folder already.
@@ -54,6 +56,7 @@ class Runner:
         self.jobs: dict[str, dict[str, int]] = {}
         self.origins: dict[str, str | None] = {}
         self._bench: Bench | None = None
+        self._remote: RemoteEngine | None = None
         self._passes_before = 0.0
 
     def bench(self) -> Bench:
@@ -68,7 +71,10 @@ class Runner:
         checkpoint = self.plan.checkpoint
         if checkpoint.section.where == "local":
             return self.sharing.models.engine(checkpoint)
-        return connect(checkpoint, self.store.folder / "jobs", self.progress.state)
+        from refusalkit.engine.remote import connect
+
+        self._remote = connect(checkpoint, self.store.folder / "jobs", self.progress.state)
+        return self._remote
 
     @property
     def engine(self) -> Engine | RemoteEngine | None:
@@ -95,8 +101,8 @@ class Runner:
         self.origins[stage] = origin
         self.seconds[stage] = round(time.monotonic() - since, 2) if made else 0.0
         self.passes[stage] = round(self._counted() - before, 1)
-        if isinstance(self.engine, RemoteEngine):
-            self.jobs[stage] = self.engine.jobs.close()
+        if self._remote is not None:
+            self.jobs[stage] = self._remote.jobs.close()
         _write_environment(self, self.store.folder)
         if made:
             self.progress.stage(stage, "done")
@@ -157,14 +163,21 @@ def _run(runner: Runner, until: str) -> None:
     splits = runner.stage(PromptSplits, lambda: prompts.settle(plan.prompts, runner.bench()))
     if "capture" not in wanted:
         return
-    activations = runner.stage(Activations, lambda: capture.capture(recipe.capture, splits, plan.needs, runner.bench()))
+    activations = runner.stage(
+        Activations, lambda: capture.capture(recipe.capture, splits, plan.needs, runner.bench(), plan.sides)
+    )
     if "find" not in wanted:
         return
-    candidates = runner.stage(Candidates, lambda: find.find(recipe.find, activations))
+    candidates = runner.stage(
+        Candidates,
+        lambda: find.find(plan.find, activations, lambda: find.model_inputs(activations, splits, runner.bench())),
+    )
     write_candidates(out, candidates, plan.metadata("find"))
     if "select" not in wanted:
         return
-    choice = runner.stage(Choice, lambda: select.select(recipe.select, candidates, splits, runner.bench()))
+    choice = runner.stage(
+        Choice, lambda: select.select(recipe.select, (plan.find, activations, candidates), splits, runner.bench())
+    )
     write_choice(out, choice, plan.metadata("select"))
     if "evaluate" not in wanted:
         return
@@ -283,7 +296,7 @@ def write_choice(out: Path, choice: Choice, metadata: Mapping[str, str]) -> None
 
 def summary(recipe: str, model: Mapping[str, str | None], choice: Choice, results: Sequence[Result]) -> dict[str, Any]:
     """Return the content of `summary.json`, version 1; other tools rely on it."""
-    chosen = choice.chosen
+    chosen, baseline = choice.chosen, choice.baseline_refusal_score
     return {
         "version": 1,
         "recipe": recipe,
@@ -294,7 +307,8 @@ def summary(recipe: str, model: Mapping[str, str | None], choice: Choice, result
             "refusal_score": chosen.refusal_score,
             "induced_score": chosen.induced_score,
             "kl_nats": chosen.kl_nats,
-            "baseline_refusal_score": None if isnan(choice.baseline_refusal_score) else choice.baseline_refusal_score,
+            "baseline_refusal_score": None if baseline is None or isnan(baseline) else baseline,
+            "cosine_with_difference_in_means": None if choice.cosine is None or isnan(choice.cosine) else choice.cosine,
             "n_candidates": len(choice.scores),
             "n_survivors": choice.n_survivors,
         },

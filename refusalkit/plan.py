@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import refusalkit
+from refusalkit.arithmetic import Find, content, fitted
 from refusalkit.artifacts import AS_FOUND, LAYER_CONVENTION, Split
 from refusalkit.checkpoint import Checkpoint, open_checkpoint
 from refusalkit.errors import InputError, nearest
-from refusalkit.metric import Side
-from refusalkit.prompt_split import check_leaks, split_pool, without_duplicates
+from refusalkit.metric import SIDES, Side
+from refusalkit.prompt_split import check_leaks, in_proportion, split_pool, without_duplicates
 from refusalkit.recipe import PromptFiles, PromptsSection, Recipe
 from refusalkit.registry import Registry
+from refusalkit.selector import Selector
 from refusalkit.stages.evaluate import WRITTEN
 from refusalkit.stages.prompts import Request
 from refusalkit.store import STAGES, content_key
+from refusalkit.strategy import Setting
 from refusalkit.template import ChatTemplate, Thinking
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -43,15 +46,22 @@ class Plan:
     prompts: Request
     keys: Mapping[str, str]
     """The content key of every stage, and of the unmodified model's completions (`baseline`)."""
+    find: Find
+    """The section `find` as it runs on this model, its files looked up."""
     host: str | None = None
     """The NDIF server the model runs on; None for this machine."""
     keeps_samples: bool = False
-    """Whether capture keeps every prompt's activations although this recipe's strategy asks for the means alone."""
+    """Whether capture keeps every prompt's activations although this recipe asks for the means alone."""
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The sides whose activations are captured."""
+        return _sides(self.find)
 
     @property
     def needs(self) -> Literal["means", "samples"]:
         """What capture keeps."""
-        return "samples" if self.keeps_samples else self.recipe.find.needs
+        return "samples" if self.keeps_samples else _needs(self.find, self.recipe.select)
 
     def key(self, stage: str) -> str:
         """Return the key to write the artifact of `stage` under."""
@@ -62,7 +72,8 @@ class Plan:
         if stage != "capture":
             return (self.keys[stage],)
         with_samples = self.keys[stage] + _SAMPLES
-        return (with_samples,) if self.recipe.find.needs == "samples" else (self.keys[stage], with_samples)
+        asks_for_samples = _needs(self.find, self.recipe.select) == "samples"
+        return (with_samples,) if asks_for_samples else (self.keys[stage], with_samples)
 
     @property
     def n_candidates(self) -> int:
@@ -80,7 +91,7 @@ class Plan:
             "site": self.recipe.capture.site,
             "layer_convention": LAYER_CONVENTION,
             "positions": ",".join(map(str, self.prompts.positions)),
-            "strategy": self.recipe.find.strategy,
+            "strategy": self.find.label,
             "operation": AS_FOUND,
         }
 
@@ -96,7 +107,7 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples
     _check_quantized(recipe)
     template = chat_template(recipe, checkpoint)
     _check_interventions(recipe, checkpoint, template)
-    wanted = recipe.capture.positions
+    wanted = recipe.find.reads_at if recipe.capture.positions == "auto" else recipe.capture.positions
     if recipe.select.openers != "auto":
         _check_openers(recipe.select.openers, template)
     request = Request(
@@ -107,9 +118,56 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples
         openers=recipe.select.openers,
         family_openers=checkpoint.adapter.family.openers,
         duplicates_dropped=dropped,
+        over_refusal=pools.get("over_refusal"),
+        openers_needed=recipe.prompts.filter or recipe.select.scores_refusals,
     )
-    keys = _keys(recipe, registry, checkpoint, template, request)
-    return Plan(recipe, registry, checkpoint, template, request, keys, _host(recipe), keeps_samples)
+    _check_sides(recipe)
+    _check_finds_again(recipe)
+    find = fitted(
+        recipe.find,
+        Setting(
+            folder,
+            request.positions,
+            template.positions(("instruction_end",))[0],
+            recipe.capture.site,
+            checkpoint.n_layers,
+            checkpoint.d_model,
+        ),
+    )
+    keys = _keys(recipe, find, registry, checkpoint, (template, request))
+    return Plan(recipe, registry, checkpoint, template, request, keys, find, _host(recipe), keeps_samples)
+
+
+def _sides(find: Find) -> tuple[Side, ...]:
+    """Return the sides that the strategies of a recipe find from."""
+    return tuple(side for side in SIDES if any(side in strategy.sides for strategy in find.strategies))
+
+
+def _needs(find: Find, select: Selector) -> Literal["means", "samples"]:
+    """Return what a recipe asks capture to keep."""
+    return "samples" if "samples" in {select.needs, *(strategy.needs for strategy in find.strategies)} else "means"
+
+
+def _check_sides(recipe: Recipe) -> None:
+    """Refuse what works on over-refusal prompts where the recipe names none."""
+    asking = [strategy.strategy for strategy in recipe.find.strategies if "over_refusal" in strategy.sides]
+    asking += [recipe.select.selector] if "over_refusal" in recipe.select.sides else []
+    if asking and recipe.prompts.over_refusal is None:
+        raise InputError(
+            f"{asking[0]} works on safe prompts that look harmful, and the recipe names none",
+            where="prompts.over_refusal",
+            hint="add `over_refusal:` below `prompts:`, such as builtin:over_refusal_safe",
+        )
+
+
+def _check_finds_again(recipe: Recipe) -> None:
+    if recipe.select.finds_again and recipe.find.needs_model:
+        raise InputError(
+            f"{recipe.select.selector} finds directions again from parts of the activations, and "
+            f"{recipe.find.label} needs the model for that",
+            where="select",
+            hint="choose another selector, such as causal",
+        )
 
 
 def chat_template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:
@@ -169,13 +227,21 @@ def _check_remote(recipe: Recipe) -> None:
             where="evaluate.interventions",
             hint=local,
         )
-    for where, section in (("find", recipe.find), ("select", recipe.select)):
-        if section.needs_gradients:
+    for where, needed in gradients(recipe).items():
+        if needed:
             raise InputError(
                 "needs gradients, which a server does not compute for code it does not trust", where=where, hint=local
             )
     if model.quantize != "none":
         raise InputError("the server decides how weights are stored", where="model.quantize", hint=local)
+
+
+def gradients(recipe: Recipe) -> dict[str, bool]:
+    """Say which of the stages that may run backward passes do."""
+    return {
+        "find": any(strategy.needs_gradients for strategy in recipe.find.strategies),
+        "select": recipe.select.needs_gradients,
+    }
 
 
 def _check_quantized(recipe: Recipe) -> None:
@@ -231,15 +297,17 @@ def _check_variable(name: str, template: ChatTemplate, where: str) -> None:
 def read_pools(
     section: PromptsSection, folder: Path, registry: Registry
 ) -> tuple[dict[Side, dict[Split, tuple[str, ...]]], int]:
-    """Read both sides' prompts and divide them into splits; also count the duplicates that were dropped.
+    """Read the prompts of every side and divide them into splits; also count the duplicates that were dropped.
 
     Raises `InputError` for a prompt that stands in two splits.
     """
     sizes = {"train": section.train, "validation": section.validation, "test": section.test}
-    declared: dict[Side, str | PromptFiles] = {"harmful": section.harmful, "harmless": section.harmless}
+    declared: dict[Side, str | PromptFiles | None] = {side: getattr(section, side) for side in SIDES}
     pools: dict[Side, dict[Split, tuple[str, ...]]] = {}
     dropped = 0
     for side, declaration in declared.items():
+        if declaration is None:
+            continue
         where = f"prompts.{side}"
         found: dict[str, tuple[str, ...]]
         if isinstance(declaration, PromptFiles):
@@ -252,7 +320,10 @@ def read_pools(
         distinct = {name: without_duplicates(prompts) for name, prompts in found.items()}
         dropped += sum(count for _, count in distinct.values())
         if "all" in distinct:
-            divided = split_pool(distinct["all"][0], sizes, section.seed, where)
+            whole = distinct["all"][0]
+            # Prompts that look harmful and are safe are rare, and other methods do without them.
+            asked = in_proportion(sizes, len(whole)) if side == "over_refusal" else sizes
+            divided = split_pool(whole, asked, section.seed, where)
             pools[side] = {split: divided[split] for split in SPLITS}
         else:
             pools[side] = {split: _at_most(distinct[split][0], sizes[split], section.seed) for split in SPLITS}
@@ -289,9 +360,19 @@ def read_source(address: str, folder: Path, registry: Registry, where: str) -> M
 
 
 def _keys(
-    recipe: Recipe, registry: Registry, checkpoint: Checkpoint, template: ChatTemplate, request: Request
+    recipe: Recipe,
+    find: Find,
+    registry: Registry,
+    checkpoint: Checkpoint,
+    prompts: tuple[ChatTemplate, Request],
 ) -> dict[str, str]:
-    """Return every stage's content key; each includes that of the stage before."""
+    """Return every stage's content key; each includes that of the stage before.
+
+    What only some recipes have is left out of the keys of the others.
+    """
+    template, request = prompts
+    others = [strategy.strategy for strategy in find.strategies[1:]]
+    extra_sides = [side for side in _sides(find) if side == "over_refusal"]
 
     def owner(kind: str, name: str) -> str:
         return str(registry.owner(f"refusalkit_{kind}", name))
@@ -303,9 +384,18 @@ def _keys(
             "adapter": [repr(checkpoint.adapter), owner("adapters", checkpoint.adapter.name)],
             "template": template.digest(),
             "request": [request.harmful, request.harmless, request.positions, request.filter, request.openers],
+            **({"over_refusal": request.over_refusal} if request.over_refusal else {}),
+            **({} if request.openers_needed else {"openers_needed": False}),
         },
-        "capture": {"site": recipe.capture.site},
-        "find": {"section": recipe.find.model_dump(mode="json"), "owner": owner("strategies", recipe.find.strategy)},
+        "capture": {"site": recipe.capture.site, **({"sides": extra_sides} if extra_sides else {})},
+        "find": {
+            "section": content(find),
+            "owner": owner("strategies", find.strategy),
+            **({"others": [owner("strategies", name) for name in others]} if others else {}),
+            # What it makes of the model is our work as much as its owner's. All else that decides the result (prompts,
+            # openers, template, weights) is in the key of the stage before.
+            **({"engine": refusalkit.__version__} if find.needs_model else {}),
+        },
         "select": {
             "section": recipe.select.model_dump(mode="json"),
             "owner": owner("selectors", recipe.select.selector),
@@ -321,5 +411,6 @@ def _keys(
     for stage in STAGES:
         parent = keys[stage] = content_key({"stage": stage, "parent": parent, "own": own[stage]})
     sides = {side for metric in evaluate.metrics if metric.needs in WRITTEN for side in metric.sides}
+    sides &= set(request.sides)
     written = {"sides": sorted(sides), "max_new_tokens": evaluate.max_new_tokens}
     return {**keys, "baseline": content_key({"stage": "baseline", "parent": keys["prompts"], "own": written})}

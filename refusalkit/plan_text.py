@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from refusalkit.artifacts import Split
 from refusalkit.batch import Batch
 from refusalkit.checkpoint import Checkpoint
-from refusalkit.plan import SPLITS, Plan
+from refusalkit.plan import SPLITS, Plan, gradients
+from refusalkit.recipe import Recipe
 from refusalkit.remote_cost import costs
 from refusalkit.report.wording import bytes_of
 from refusalkit.store import STAGES, Store
@@ -35,12 +38,13 @@ def describe(plan: Plan, out: Path) -> str:
         *_server(plan),
         ("template", f"{before!r} … {after!r}"),
         *_template(plan.template),
-        *[(side, _counts(plan, side)) for side in ("harmful", "harmless")],
+        *[(side.replace("_refusal", "-ref."), _counts(splits)) for side, splits in plan.prompts.sides.items()],
         ("capture", f"{recipe.capture.site} at {len(plan.prompts.positions)} positions: {positions}"),
-        ("find", f"{recipe.find.strategy}: {plan.n_candidates} candidates"),
+        ("find", f"{plan.find.label}: {'at most ' if plan.find.needs_model else ''}{plan.n_candidates} candidates"),
         ("select", f"{recipe.select.selector}, {_options(recipe.select)}"),
         ("evaluate", ", ".join(spec.label for spec in recipe.evaluate.interventions)),
         ("", ", ".join(metric.metric for metric in recipe.evaluate.metrics)),
+        *_gradients(recipe),
         *[("forward" if number == 0 else "", text) for number, text in enumerate(_passes(plan))],
         ("out", str(out)),
         *_done(plan, out),
@@ -96,29 +100,37 @@ def _server(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
+def _gradients(recipe: Recipe) -> list[tuple[str, str]]:
+    """Name the stages that run backward passes."""
+    stages = " and ".join(stage for stage, needed in gradients(recipe).items() if needed)
+    return [("gradients", f"{stages}: on this machine, no server computes them")] if stages else []
+
+
 def _options(section: Any) -> str:
     values = section.model_dump(mode="json")
     return ", ".join(f"{key} {value}" for key, value in values.items() if key != "selector")
 
 
-def _counts(plan: Plan, side: str) -> str:
-    splits = plan.prompts.harmful if side == "harmful" else plan.prompts.harmless
+def _counts(splits: Mapping[Split, tuple[str, ...]]) -> str:
     return ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
 
 
 def _passes(plan: Plan) -> list[str]:
     """Count forward passes of one prompt: exactly where that is possible, else the most there can be."""
-    asked = plan.prompts
-    train = len(asked.harmful["train"]) + len(asked.harmless["train"])
-    harmful, harmless = len(asked.harmful["validation"]), len(asked.harmless["validation"])
-    test = len(asked.harmful["test"]) + len(asked.harmless["test"])
+    sides = plan.prompts.sides
+    captured = sum(len(sides[side]["train"]) for side in plan.sides)
+    read, test = (sum(len(splits[split]) for splits in sides.values()) for split in ("train", "test"))
+    validation = {side: len(splits["validation"]) for side, splits in sides.items()}
+    # On harmless prompts two things are measured, on the others one.
+    a_candidate = validation["harmless"] + sum(validation[side] for side in plan.recipe.select.sides)
+    selecting = f"at most {plan.n_candidates * a_candidate}, most far fewer"
     acting = [spec for spec in plan.recipe.evaluate.interventions if spec.uses_direction]
     controls = sum(not spec.on_weights for spec in acting) * plan.recipe.evaluate.controls
     # What a gate does is compared with a pass of its own.
     cases = 1 + len(acting) + controls + any(spec.gated for spec in acting)
     return [
-        f"prompts {train + harmful + harmless} passes of one prompt, capture at most {train}",
-        f"select at most {plan.n_candidates * (2 * harmless + harmful)}, most far fewer",
+        f"prompts {read + sum(validation.values())} passes of one prompt, capture at most {captured}",
+        f"select {selecting if plan.recipe.select.runs_model else 'none'}",
         f"evaluate {cases * test} and as many completions of up to {plan.recipe.evaluate.max_new_tokens} tokens",
     ]
 

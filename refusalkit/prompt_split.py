@@ -23,6 +23,12 @@ def without_duplicates(prompts: Sequence[str]) -> tuple[tuple[str, ...], int]:
     return tuple(kept.values()), len(prompts) - len(kept)
 
 
+def in_proportion(sizes: Mapping[str, int], available: int) -> dict[str, int]:
+    """Return the sizes, or where fewer prompts than their sum are available, smaller ones in the same proportion."""
+    needed = sum(sizes[split] for split in SPLITS)
+    return {split: min(sizes[split], max(1, available * sizes[split] // needed)) for split in SPLITS}
+
+
 def split_pool(prompts: Sequence[str], sizes: Mapping[str, int], seed: int, where: str) -> dict[str, tuple[str, ...]]:
     """Draw disjoint splits of the given sizes from one pool, by seed; what is left over is not used.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import lru_cache, reduce
 from operator import or_
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -24,12 +24,14 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from refusalkit.arithmetic import OPERATIONS, Find
 from refusalkit.intervention import InterventionSpec, Site
 from refusalkit.metric import Metric
 from refusalkit.registry import Registry
 from refusalkit.selector import Selector
 from refusalkit.strategy import Strategy
 
+M = TypeVar("M", bound=BaseModel)
 Position = Literal["post_instruction", "instruction_end"] | Annotated[int, Field(lt=0)]
 #: Numbers are numbers here: YAML's `yes` is not 1.
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -86,6 +88,9 @@ class PromptsSection(Section):
     """Requests the model should refuse: one source that is split by the seed, or one source a split."""
     harmless: str | PromptFiles
     """Requests the model should answer."""
+    over_refusal: str | PromptFiles | None = None
+    """Safe requests that look harmful: every intervention is measured on them too, and some methods find from them. A
+    source that has fewer than the numbers below is divided in their proportion."""
     train: Count = 128
     """Prompts a side for finding directions, before the filter; at most this many from a source that is split."""
     validation: Count = 32
@@ -96,7 +101,7 @@ class PromptsSection(Section):
     """Decides which prompts of a source land in which split."""
     filter: bool = True
     """Keep only harmful prompts the model refuses and harmless ones it answers, by refusal score, in train and
-    validation, as the paper's code does."""
+    validation, as the paper's code does; of `over_refusal`, those it refuses."""
     system: str | None = None
     """A system prompt; null leaves it to the chat template."""
     chat_template: str | None = None
@@ -113,9 +118,10 @@ class CaptureSection(Section):
 
     site: Site = "resid_pre"
     """The place in each block; the paper reads `resid_pre`, the block's input."""
-    positions: Position | Annotated[tuple[Position, ...], Field(min_length=1)] = "post_instruction"
+    positions: Literal["auto"] | Position | Annotated[tuple[Position, ...], Field(min_length=1)] = "auto"
     """`post_instruction` (every template token after the instruction), `instruction_end` (the instruction's last
-    token), negative numbers counted from the end of the prompt, or a list of these."""
+    token), negative numbers counted from the end of the prompt, or a list of these. `auto` is where the strategy is
+    read: `post_instruction` for all but `harmfulness`."""
 
 
 class EvaluateSection(Section):
@@ -159,8 +165,8 @@ class Recipe(Section):
     """Which prompts to use."""
     capture: CaptureSection = CaptureSection()
     """Where to read activations."""
-    find: Strategy
-    """How to find directions: `strategy` and its options."""
+    find: Find
+    """How to find directions: `strategy` and its options, and what to do with them `then`."""
     select: Selector
     """How to choose one of them: `selector` and its options."""
     evaluate: EvaluateSection
@@ -181,7 +187,7 @@ def recipe_type(registry: Registry) -> type[Recipe]:
     Every choice becomes a discriminated union over the registry, so that an unknown key is an error with its full
     path (`find.pca.compnent`) and editors complete the options of installed plugins.
     """
-    strategy = _choice(registry.strategies, "strategy", default="difference_in_means")
+    strategy = _choice(find_types(registry), "strategy", default="difference_in_means")
     selector = _choice(registry.selectors, "selector", default="causal")
     intervention = _choice(_with_parts(registry.interventions), "intervention")
     metric = _choice(registry.metrics, "metric")
@@ -210,6 +216,21 @@ def recipe_type(registry: Registry) -> type[Recipe]:
     return made
 
 
+def find_types(registry: Registry) -> dict[str, type[Find]]:
+    """Let every strategy be followed by operations, which choose other strategies from what is installed."""
+    other = _choice(registry.strategies, "strategy")
+    operation = _choice({name: _holding(other, kind, Strategy) for name, kind in OPERATIONS.items()}, "operation")
+    then = (
+        tuple[operation, ...],  # type: ignore[valid-type]
+        Field((), description=Find.model_fields["then"].description),
+    )
+    made: dict[str, type[Find]] = {}
+    for name, kind in registry.strategies.items():
+        bases: Any = (kind, Find)
+        made[name] = create_model(kind.__name__, __base__=bases, __doc__=kind.__doc__, then=then)
+    return made
+
+
 def _inherit_descriptions(made: type[BaseModel]) -> None:
     for name, field in made.model_fields.items():
         inherited = made.__mro__[1].model_fields.get(name)  # type: ignore[attr-defined]
@@ -228,31 +249,34 @@ def _choice(providers: Mapping[str, type[BaseModel]], key: str, default: str | N
 
 def _with_parts(providers: Mapping[str, type[InterventionSpec]]) -> Mapping[str, type[InterventionSpec]]:
     """Let interventions that hold others choose them from what is installed, two levels deep."""
-    found: Mapping[str, type[InterventionSpec]] = {name: kind for name, kind in providers.items() if not _holders(kind)}
+    found: Mapping[str, type[InterventionSpec]] = {
+        name: kind for name, kind in providers.items() if not _holders(kind, InterventionSpec)
+    }
     for _ in range(2):
         part = _choice(found, "intervention")
-        found = {name: _holding(part, kind) for name, kind in providers.items()}
+        found = {name: _holding(part, kind, InterventionSpec) for name, kind in providers.items()}
     return found
 
 
-def _holding(part: Any, provider: type[InterventionSpec]) -> type[InterventionSpec]:
-    holders = _holders(provider)
+def _holding(part: Any, provider: type[M], base: type[BaseModel]) -> type[M]:
+    """Let the fields of a provider that hold some `base` choose it from `part`."""
+    holders = _holders(provider, base)
     if not holders:
         return provider
     # A field that is one of them takes its discriminator from `part` alone; a list has its own bounds to keep.
     fields: dict[str, Any] = {
         key: (tuple[part, ...], field)
         if get_origin(field.annotation) is tuple
-        else (part, Field(field.default, description=field.description))
+        else (part, Field(... if field.is_required() else field.default, description=field.description))
         for key, field in holders.items()
     }
     return create_model(provider.__name__, __base__=provider, __doc__=provider.__doc__, **fields)
 
 
-def _holders(provider: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Return the fields of a provider that hold interventions."""
+def _holders(provider: type[BaseModel], base: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return the fields of a provider that hold some `base`."""
     fields = provider.model_fields.items()
-    return {key: field for key, field in fields if InterventionSpec in (field.annotation, *get_args(field.annotation))}
+    return {key: field for key, field in fields if base in (field.annotation, *get_args(field.annotation))}
 
 
 def _expand(key: str, default: str | None) -> Callable[[Any], Any]:

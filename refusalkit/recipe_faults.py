@@ -11,10 +11,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from refusalkit.arithmetic import OPERATIONS, Operation
 from refusalkit.errors import InputError, nearest
 from refusalkit.intervention import InterventionSpec
-from refusalkit.recipe import EvaluateSection, Recipe
+from refusalkit.recipe import EvaluateSection, Recipe, find_types
 from refusalkit.registry import Registry
+from refusalkit.strategy import Strategy
 
 KeyPath = tuple[str | int, ...]
 
@@ -199,11 +201,16 @@ def _how(fault: Fault, place: Place) -> str:
 def _place(made: type[BaseModel], registry: Registry, keys: KeyPath) -> Place:
     """Follow a location of pydantic's, union tags included, through the recipe's model."""
     named: dict[str, Mapping[str, type[BaseModel]]] = {
-        "find": registry.strategies,
+        "find": find_types(registry),
         "select": registry.selectors,
         "interventions": registry.interventions,
         "metrics": registry.metrics,
     }
+    parts: list[tuple[type[BaseModel], Mapping[str, type[BaseModel]]]] = [
+        (InterventionSpec, registry.interventions),
+        (Strategy, registry.strategies),
+        (Operation, OPERATIONS),
+    ]
     model: type[BaseModel] = made
     field: FieldInfo | None = None
     providers: Mapping[str, type[BaseModel]] = {}
@@ -215,8 +222,8 @@ def _place(made: type[BaseModel], registry: Registry, keys: KeyPath) -> Place:
             inner = _model_in(field.annotation)
             if key in named and issubclass(model, Recipe | EvaluateSection):
                 providers = named[key]
-            elif inner is not None and issubclass(inner, InterventionSpec):
-                providers = registry.interventions
+            else:
+                providers = next((known for base, known in parts if inner is not None and issubclass(inner, base)), {})
             model = inner or model
     return Place(model, field, list(providers))
 

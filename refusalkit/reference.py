@@ -35,7 +35,7 @@ from refusalkit.prompt_source import PromptSource
 from refusalkit.recipe import PromptFiles, recipe_type
 from refusalkit.registry import Registry, load_registry
 from refusalkit.selector import Attribution, Measure, Score, SelectInputs, Selection, Selector, Subject
-from refusalkit.strategy import Captured, Strategy
+from refusalkit.strategy import Captured, DifferentiableSubject, ModelInputs, Strategy
 
 WIDTH = 80
 NOTICE = "<!-- Written by `python -m refusalkit.reference` from the help in the code. -->"
@@ -245,7 +245,7 @@ def _parts(annotation: Any) -> list[type]:
 #: What each hook returns first, then what it is made of, given and asked for; and its laws.
 _BASES: dict[str, tuple[tuple[type, ...], Callable[..., Any]]] = {
     "adapters": ((Adapter, Write, Matrix, Gain, Refusal, Family), testing.check_adapter),
-    "strategies": ((Strategy, Captured), testing.check_strategy),
+    "strategies": ((Strategy, Captured, ModelInputs, DifferentiableSubject), testing.check_strategy),
     "selectors": (
         (Selector, SelectInputs, Subject, Measure, Attribution, Selection, Score),
         testing.check_selector,
@@ -292,7 +292,9 @@ def _members(base: type) -> list[str]:
         for line in _item(f"`{name}: {annotation}`", helps.get(name, ""))
     ]
     asked = [name for name, value in vars(base).items() if inspect.isfunction(value) and not name.startswith("_")]
-    for name in sorted(getattr(base, "__abstractmethods__", ())) or (asked if base is Subject else ()):
+    for name in sorted(getattr(base, "__abstractmethods__", ())) or (
+        asked if base in (Subject, DifferentiableSubject) else ()
+    ):
         method = getattr(base, name)
         about = " ".join((inspect.getdoc(method) or "").split())
         lines += _item(f"`{name}{inspect.signature(method)}`".replace("'", ""), about)

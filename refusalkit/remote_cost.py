@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from refusalkit.artifacts import Split
 from refusalkit.engine.jobs import MOST_WORK
 from refusalkit.plan import Plan
 from refusalkit.stages.prompts import MOST_OPENERS
@@ -30,7 +31,8 @@ class Cost:
 
 def costs(plan: Plan) -> dict[str, Cost]:
     """Estimate every stage that asks the model something."""
-    return {"prompts": _prompts(plan), "capture": _capture(plan), "select": _select(plan), "evaluate": _evaluate(plan)}
+    selecting = {"select": _select(plan)} if plan.recipe.select.runs_model else {}
+    return {"prompts": _prompts(plan), "capture": _capture(plan), **selecting, "evaluate": _evaluate(plan)}
 
 
 def _tokens(plan: Plan, prompts: Sequence[str]) -> float:
@@ -43,26 +45,28 @@ def _jobs(work: float) -> int:
     return max(1, -int(-work // MOST_WORK))
 
 
-def _sides(plan: Plan, split: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return plan.prompts.harmful[split], plan.prompts.harmless[split]  # type: ignore[index]
+def _prompts_in(plan: Plan, *splits: Split) -> list[str]:
+    return [prompt for side in plan.prompts.sides.values() for split in splits for prompt in side[split]]
 
 
 def _prompts(plan: Plan) -> Cost:
-    asked = [prompt for split in ("train", "validation") for side in _sides(plan, split) for prompt in side]
+    asked = _prompts_in(plan, "train", "validation")
     n_tokens = len(plan.prompts.family_openers) + MOST_OPENERS
     return Cost(1, _SOURCE + _PER_TOKEN * _tokens(plan, asked), len(asked) * n_tokens * _FLOAT64)
 
 
 def _capture(plan: Plan) -> Cost:
-    asked = [prompt for side in _sides(plan, "train") for prompt in side]
+    asked = [prompt for side in plan.sides for prompt in plan.prompts.sides[side]["train"]]
     work = _tokens(plan, asked)
     size = plan.n_candidates * plan.checkpoint.d_model
-    down = len(asked) * size * _FLOAT32 if plan.recipe.find.needs == "samples" else 2 * size * _FLOAT64
+    down = len(asked) * size * _FLOAT32 if plan.needs == "samples" else len(plan.sides) * size * _FLOAT64
     return Cost(_jobs(work), _SOURCE + _PER_TOKEN * work, down)
 
 
 def _select(plan: Plan) -> Cost:
-    harmful, harmless = _sides(plan, "validation")
+    validation = {side: plan.prompts.sides[side]["validation"] for side in plan.recipe.select.sides}
+    harmless = validation.pop("harmless")
+    harmful = [prompt for prompts in validation.values() for prompt in prompts]
     few, many = _tokens(plan, harmful), _tokens(plan, harmless)
     # Two baselines, then the induced score, the KL and the bypass score of candidates.
     jobs = 2 + 2 * _jobs(plan.n_candidates * many) + _jobs(plan.n_candidates * few)
@@ -73,7 +77,7 @@ def _select(plan: Plan) -> Cost:
 
 def _evaluate(plan: Plan) -> Cost:
     section = plan.recipe.evaluate
-    asked = [prompt for side in _sides(plan, "test") for prompt in side]
+    asked = _prompts_in(plan, "test")
     acting = sum(spec.uses_direction for spec in section.interventions)
     cases = 1 + acting * (1 + section.controls)
     needs = {metric.needs for metric in section.metrics}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from refusalkit.metric import Side
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from refusalkit.intervention import Intervention, Site
+    from refusalkit.strategy import Captured
 
 Tokens = tuple[int, ...]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
@@ -68,6 +71,15 @@ class Subject(Protocol):
         Not-a-number stands for the prompts after which an intervention was given up (`Measure.stop_above`).
         """
 
+    def mean_states(
+        self,
+        prompts: Sequence[Tokens],
+        interventions: Sequence[Intervention],
+        layers: Sequence[int],
+        advance: Advance | None = None,
+    ) -> Tensor:
+        """Return what blocks hand on at the prompts' last token, averaged: [intervention, layer, d_model] float64."""
+
     def attribute(
         self, prompts: Sequence[Tokens], bases: Tensor, site: Site, measures: Sequence[Measure]
     ) -> list[Attribution]:
@@ -89,8 +101,16 @@ class SelectInputs:
     harmful: tuple[Tokens, ...]
     harmless: tuple[Tokens, ...]
     opener_ids: tuple[int, ...]
+    """Empty where no token opens a refusal, which only a selector is given that does not score refusals."""
     advance: Callable[[str, int, int], None] | None = None
     """Told what is being scored and how far it is: (what, done, total)."""
+    over_refusal: tuple[Tokens, ...] = ()
+    training: Mapping[Side, tuple[Tokens, ...]] = field(default_factory=dict)
+    """The prompts that directions were found from."""
+    captured: Mapping[Side, Captured] = field(default_factory=dict)
+    """Their activations; every prompt's for a selector that needs `samples`."""
+    find: Callable[[Mapping[Side, Captured]], Tensor] | None = None
+    """Finds directions again, from other activations; None where the strategy needs the model."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +136,10 @@ class Selection:
     """Hold every candidate's scores; exactly one has the status `chosen`, unless nothing survived."""
 
     scores: tuple[Score, ...]
-    baseline_refusal_score: float
-    """Mean refusal score of the harmful validation prompts in the unmodified model, in nats."""
-    baseline_harmless_score: float
+    baseline_refusal_score: float | None
+    """Mean refusal score of the harmful validation prompts in the unmodified model, in nats; None where the selector
+    does not score refusals."""
+    baseline_harmless_score: float | None
     """The same on the harmless validation prompts."""
     nearest_miss: str | None = None
     """When nothing survived: the candidate that came closest and what stopped it, in one sentence."""
@@ -135,6 +156,16 @@ class Selector(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     selector: str
+    needs: ClassVar[Literal["means", "samples"]] = "means"
+    """What capture has to keep for it: nothing, or every prompt's activations."""
+    sides: ClassVar[tuple[Side, ...]] = ("harmful", "harmless")
+    """The prompts it selects on."""
+    runs_model: ClassVar[bool] = True
+    """Whether it asks the model anything."""
+    scores_refusals: ClassVar[bool] = True
+    """Whether it looks at refusal scores, and so at the openers."""
+    finds_again: ClassVar[bool] = False
+    """Whether it finds directions again (`SelectInputs.find`), which takes a strategy that does not need the model."""
     openers: Literal["auto"] | tuple[str | TokenId, ...] = "auto"
     """The texts that open a refusal, turned into token ids in context, or token ids; `auto` takes the family's where
     this model says them and otherwise finds them on the training prompts."""

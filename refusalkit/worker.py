@@ -129,7 +129,7 @@ def _found(folder: Path) -> str:
     from refusalkit.run_directory import read_run
 
     run = read_run(folder)
-    return sentence(run.choice, run.evaluation)
+    return sentence(run.choice, run.evaluation, repairs=run.candidates.repairs)
 
 
 def _stop(*_: object) -> None:

@@ -7,6 +7,7 @@ The convention: commands after `$ ` in a `console` block run, in order, in a fol
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -350,3 +351,21 @@ def test_the_plugin_page_can_be_followed(
     test = folder / "tests" / f"test_{module}.py"
     exec(compile(test.read_text(encoding="utf-8"), str(test), "exec"), scope)
     scope["test_everything_it_provides_obeys_the_laws"]()
+
+
+def test_the_strategy_that_is_shown_to_need_the_model_costs_harmless_prompts_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (text,) = [block.text for block in _blocks(PLUGIN_PAGE) if "class Descent" in block.text]
+    (tmp_path / "descent_shown.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    known = load_registry([importlib.import_module("descent_shown")], entry_points=False)
+    prompts = {"harmful": "tiny:harmful", "harmless": "tiny:harmless", "train": 12, "validation": 8, "test": 4}
+    shown = {"name": "shown", "model": {"id": "tiny:llama"}, "prompts": prompts}
+    costs = []
+    for find in ("descent", "difference_in_means"):
+        recipe = _recipe({**shown, "find": find, "select": {"selector": "fixed", "layer": 4}}, known)
+        execute(make_plan(recipe, tmp_path, known), tmp_path / find, until="select")
+        rows = json.loads((tmp_path / find / "scores.json").read_text(encoding="utf-8"))
+        costs.append(next(row["kl_nats"] for row in rows if row["status"] == "chosen"))
+    assert costs[0] < 0.8 * costs[1]

@@ -299,7 +299,7 @@ def test_a_damaged_weight_is_found_at_once(
     plan = plan_of(f"model.id={folder}", *settings)
     error = refused(RunError, lambda: execute(plan, tmp_path / "out"))
     assert error.message == "the model's logits on harmful train prompts are not numbers"
-    assert os.listdir(tmp_path / "out") == ["recipe.yaml"]
+    assert sorted(os.listdir(tmp_path / "out")) == [".lock", "recipe.yaml"]
 
 
 # Places that cannot be written
@@ -337,7 +337,7 @@ def test_a_full_disk_stops_the_run_and_leaves_whole_stages(recipe_file: Path) ->
     assert error[0] == f"error: {out / 'capture'}: cannot be written: File too large"
     assert one_hint(error)
     left = {path.name for path in out.iterdir()}
-    assert left == {"recipe.yaml", "environment.json", "prompts"}
+    assert left == {".lock", "recipe.yaml", "environment.json", "prompts"}
 
 
 def test_a_recipe_that_cannot_be_read_in_the_folder_is_not_overwritten(plan_of: PlanOf, tmp_path: Path) -> None:

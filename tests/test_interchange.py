@@ -257,6 +257,16 @@ def test_a_layer_of_a_foreign_control_vector_is_the_block_after(tmp_path: Path) 
     refused(lambda: convert(source, tmp_path / "z.safetensors", layer=1), "no direction of layer 1")
 
 
+def test_the_users_word_on_the_model_counts_and_is_compared(direction: Path, tmp_path: Path) -> None:
+    convert(direction, tmp_path / "x.gguf", "gguf")
+    made = convert(tmp_path / "x.gguf", tmp_path / "x.svec", model="tiny:yi")
+    assert made.said == ()
+    made = convert(tmp_path / "x.gguf", tmp_path / "y.svec", model="tiny:qwen")
+    assert made.said == ("the source says that it is for 'llama', and tiny:qwen is 'qwen2'",)
+    document = read_json(tmp_path / "y.svec")
+    assert (document["model_type"], document["refusalkit"]["model"]) == ("qwen2", "tiny:qwen")
+
+
 def test_direction_0_of_others_is_read_and_never_written(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "x.gguf", {"direction.0": random(128).float().numpy()})
     convert(source, tmp_path / "x.safetensors", model="tiny:llama")

@@ -131,6 +131,7 @@ def test_nothing_is_overwritten_and_names_decide_where_they_can(direction: Path,
     refused(lambda: convert(direction, tmp_path / "x.pt", "steered"), "--as ablate or --as steer")
     refused(lambda: convert(tmp_path / "nowhere", tmp_path / "y.svec"), "not there")
     refused(lambda: convert(direction.parent, tmp_path / "copy", "refusalkit"), "is refusalkit already")
+    refused(lambda: convert(direction, tmp_path / "no" / "x.svec"), "folder that is not there")
     (tmp_path / "x.txt").write_text("hello")
     refused(lambda: convert(tmp_path / "x.txt", tmp_path / "y.svec"), "none of the known formats", ", ".join(NAMES))
     refused(lambda: convert(direction, tmp_path / "y.svec", layer=99), "its layer is ", "not 99")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from refusalkit.artifacts import Choice, Result, ScoreRow
 from refusalkit.audit.over_refusal import OverRefusal
-from refusalkit.builtin.selectors import NO_DIFFERENCE, PRUNED
+from refusalkit.builtin.candidates import NO_DIFFERENCE, PRUNED
 from refusalkit.errors import RunError
 from refusalkit.metric import Side
 from refusalkit.paired import Difference, Sample, difference
@@ -58,7 +58,7 @@ class Findings:
     @property
     def layer_share(self) -> float:
         """Share of layers at which one direction suffices; not-a-number where the model does not refuse anyway."""
-        if self.choice.baseline_refusal_score <= 0:
+        if (self.choice.baseline_refusal_score or 0) <= 0:
             return math.nan
         return sum(row.suffices for row in self.layers) / len(self.layers)
 

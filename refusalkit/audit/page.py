@@ -6,9 +6,10 @@ import altair as alt
 
 from refusalkit.audit.findings import ABLATION, Findings
 from refusalkit.audit.outcome import Outcome
+from refusalkit.metric import SIDES
 from refusalkit.report.charts import Figure
 from refusalkit.report.intervals import chart
-from refusalkit.report.measured import BASELINE, SIDES, controls_of, interventions
+from refusalkit.report.measured import BASELINE, controls_of, interventions
 from refusalkit.report.page import placed, render
 from refusalkit.report.wording import number
 from refusalkit.run_directory import Run
@@ -52,6 +53,7 @@ def _layers(found: Findings) -> Figure:
     """Draw the lowest refusal score that removing one direction leaves, by the layer of the direction."""
     rows = [
         {
+            "side": "harmful",
             "layer": each.layer,
             "score": each.row.refusal_score if each.row else None,
             "position": each.row.position if each.row else None,
@@ -69,7 +71,7 @@ def _layers(found: Findings) -> Figure:
         alt.Tooltip("kl:Q", title="KL in nats", format=".3f"),
     ]
     zero = alt.Chart(alt.InlineData([{"score": 0}])).mark_rule(style="reference").encode(y="score:Q")
-    colour = alt.Color(datum="harmful").scale(domain=list(SIDES), range="category").legend(None)
+    colour = alt.Color("side:N").scale(domain=list(SIDES), range="category").legend(None)
     dots = base.mark_point(filled=True, size=80, invalid="filter").encode(x=x, y=y, color=colour, tooltip=tips)
     return Figure(
         name="layers",

@@ -9,10 +9,14 @@ from refusalkit.builtin.adapters import ADAPTERS
 from refusalkit.builtin.arditi import ARDITI
 from refusalkit.builtin.components import COMPONENTS
 from refusalkit.builtin.compositions import COMPOSITIONS
+from refusalkit.builtin.cosmic import Cosmic
 from refusalkit.builtin.estimators import ESTIMATORS
+from refusalkit.builtin.from_file import FromFile
 from refusalkit.builtin.interventions import INTERVENTIONS
 from refusalkit.builtin.metrics import METRICS
+from refusalkit.builtin.repair import Repair
 from refusalkit.builtin.selectors import SELECTORS
+from refusalkit.builtin.separation import Separation
 from refusalkit.builtin.sources import SOURCES
 from refusalkit.builtin.strategies import STRATEGIES
 from refusalkit.hookspecs import hookimpl
@@ -33,12 +37,12 @@ def refusalkit_adapters() -> Sequence[Adapter]:
 
 @hookimpl
 def refusalkit_strategies() -> Sequence[type[Strategy]]:
-    return (*STRATEGIES, *ESTIMATORS)
+    return (*STRATEGIES, *ESTIMATORS, FromFile)
 
 
 @hookimpl
 def refusalkit_selectors() -> Sequence[type[Selector]]:
-    return SELECTORS
+    return (*SELECTORS, Cosmic, Separation, Repair)
 
 
 @hookimpl

@@ -122,8 +122,7 @@ class LogisticProbe(PerPlace):
 class Lda(PerPlace):
     """Whiten the difference in means by the covariance within the sides (linear discriminant analysis, scikit-learn).
 
-    The covariance is shrunk (Ledoit and Wolf 2004), because there are more dimensions than prompts. Without shrinkage
-    this is also the direction that LEACE reads (Belrose et al. 2023, 2306.03819).
+    The covariance is shrunk (Ledoit and Wolf 2004), because there are more dimensions than prompts.
     """
 
     strategy: Literal["lda"] = "lda"
@@ -135,6 +134,37 @@ class Lda(PerPlace):
 
         x, y = _labelled(harmful, harmless)
         return _rows(LinearDiscriminantAnalysis(solver="lsqr", shrinkage=self.shrinkage).fit(x, y).coef_[0])
+
+
+class Leace(PerPlace):
+    """Whiten the difference in means by the covariance of all prompts, the direction that LEACE reads.
+
+    LEACE (Belrose et al. 2023, 2306.03819) subtracts along the difference in means as much as it reads here. That is no
+    orthogonal projection: ablation removes what LEACE reads, and leaves what it subtracts along. It is the direction of
+    `lda` but for the shrinkage, which is linear (Bodnar et al. 2014, 1308.2608), and takes milliseconds at any d_model.
+    """
+
+    strategy: Literal["leace"] = "leace"
+
+    def fit(self, harmful: Tensor, harmless: Tensor) -> Tensor:
+        import torch
+
+        means = harmful.mean(0), harmless.mean(0)
+        difference = means[0] - means[1]
+        # The covariance of all prompts is that within the sides and a multiple of the difference's outer product, which
+        # turns nothing: only what is within has to be estimated.
+        x = torch.cat([harmful - means[0], harmless - means[1]])
+        (n, d), gram = x.shape, x @ x.T / len(x)
+        trace, square = gram.trace(), gram.square().sum()
+        # The covariance S and its trace spread over all dimensions, mixed so that the expected error is least.
+        kept = (1 - trace**2 / n / (square - trace**2 / d)).nan_to_num().clamp(0, 1 - 1e-6)
+        spread = (1 - kept) * trace / d
+        if spread == 0:
+            return difference
+        # Woodbury: (kept S + spread I)^-1 v takes no more than the prompts' inner products.
+        inner = torch.linalg.solve(spread * torch.eye(n, dtype=x.dtype) + kept * gram, x @ difference)
+        whitened: Tensor = (difference - kept * x.T @ inner / n) / spread
+        return whitened
 
 
 class Som(PerPlace):
@@ -227,4 +257,4 @@ def _too_few(available: int, asked: int, key: str) -> None:
         )
 
 
-ESTIMATORS = (Pca, SvdSubspace, LogisticProbe, Lda, Som, Shuffled)
+ESTIMATORS = (Pca, SvdSubspace, LogisticProbe, Lda, Leace, Som, Shuffled)

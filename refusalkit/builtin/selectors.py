@@ -8,29 +8,26 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from refusalkit.builtin.interventions import ablate_everywhere
+from refusalkit.builtin.candidates import (
+    NO_DIFFERENCE,
+    NOT_A_NUMBER,
+    PRUNED,
+    Candidate,
+    Fraction,
+    ablation,
+    candidates_of,
+    dropped,
+    finite,
+    steering,
+)
 from refusalkit.builtin.screen import Estimates, estimate
-from refusalkit.intervention import NOTHING, Direction, Edit, Intervention
+from refusalkit.intervention import NOTHING
 from refusalkit.selector import Measure, Score, SelectInputs, Selection, Selector, Subject
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-NO_DIFFERENCE = "no difference between harmful and harmless here"
-PRUNED = "in the last layers, which are pruned"
 SCREENED = "not among the best by the gradient estimate"
-NOT_A_NUMBER = "a score is not a number"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Point at one candidate: its place in the tensor and the label of its position."""
-
-    row: int
-    layer: int
-    position: int
 
 
 @dataclass
@@ -83,18 +80,18 @@ class Causal(Selector):
         openers = Measure("refusal_score", token_ids=inputs.opener_ids)
         harmful = subject.measure(inputs.harmful, [NOTHING], openers)[0].mean().item()
         harmless = subject.measure(inputs.harmless, [NOTHING], openers)[0].mean().item()
-        everything = [
-            Candidate(row, layer, position)
-            for row, position in enumerate(inputs.positions)
-            for layer in range(inputs.directions.shape[1])
-        ]
-        table = Table({}, {}, {}, {})
-        self._drop_before_scoring(table, everything, inputs, (harmful, harmless))
+        everything = candidates_of(inputs)
+        table = Table({}, {}, {}, dropped(everything, inputs, self.prune_last))
+        for candidate, reason in table.fell.items():
+            if reason == NO_DIFFERENCE:
+                # An exact no-op: its scores are the unmodified model's, without running anything.
+                table.bypass[candidate], table.induced[candidate] = harmful, harmless
+                table.kl[candidate] = 0.0
         if self.screen == "gradient":
             table.estimates = estimate(inputs, subject, openers)
             self._screen(table, everything)
-        steering = self._unscored(table, everything, table.induced)
-        for candidate, scores in _measured(steering, inputs, subject, openers, "induced score"):
+        unscored = self._unscored(table, everything, table.induced)
+        for candidate, scores in _measured(unscored, inputs, subject, openers, "induced score"):
             table.induced[candidate] = scores.mean().item()
         self._drop(table, "induced", everything)
         limit = None if self.exhaustive else self.max_kl_nats
@@ -114,22 +111,6 @@ class Causal(Selector):
         ):
             table.bypass[candidate] = scores.mean().item()
         return self._decide(table, everything, (harmful, harmless))
-
-    def _drop_before_scoring(
-        self, table: Table, everything: Sequence[Candidate], inputs: SelectInputs, baseline: tuple[float, float]
-    ) -> None:
-        first_pruned = int(inputs.directions.shape[1] * (1 - self.prune_last))
-        for candidate in everything:
-            direction = inputs.directions[candidate.row, candidate.layer]
-            if not direction.isfinite().all():
-                table.fell[candidate] = NOT_A_NUMBER
-            elif not direction.any():
-                # An exact no-op: its scores are the unmodified model's, without running anything.
-                table.bypass[candidate], table.induced[candidate] = baseline
-                table.kl[candidate] = 0.0
-                table.fell[candidate] = NO_DIFFERENCE
-            elif candidate.layer >= first_pruned:
-                table.fell[candidate] = PRUNED
 
     def _screen(self, table: Table, everything: Sequence[Candidate]) -> None:
         assert table.estimates is not None
@@ -180,9 +161,9 @@ class Causal(Selector):
             Score(
                 candidate.position,
                 candidate.layer,
-                _finite(table.bypass.get(candidate)),
-                _finite(table.induced.get(candidate)),
-                _finite(table.kl.get(candidate)),
+                finite(table.bypass.get(candidate)),
+                finite(table.induced.get(candidate)),
+                finite(table.kl.get(candidate)),
                 status.get(candidate) or table.fell[candidate],
                 {} if table.estimates is None else table.estimates.at((candidate.row, candidate.layer)),
             )
@@ -219,17 +200,13 @@ _HINT = (
 _SCREEN_HINT = f"raise `select.keep` or leave out `select.screen`, which may have passed a survivor over; or {_HINT}"
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and abs(value) != float("inf") and value == value else None
-
-
 def _measured(
     candidates: Sequence[Candidate], inputs: SelectInputs, subject: Subject, measure: Measure, what: str
 ) -> list[tuple[Candidate, Tensor]]:
     """Measure candidates: steering with the induced score on harmless prompts, ablation for the other two."""
-    steers = what == "induced score"
+    make = steering if what == "induced score" else ablation
     prompts = inputs.harmful if what == "bypass score" else inputs.harmless
-    interventions = [_intervention(candidate, inputs, steers) for candidate in candidates]
+    interventions = [make(candidate, inputs) for candidate in candidates]
     if not interventions:
         return []
     advance = inputs.advance
@@ -237,13 +214,6 @@ def _measured(
         prompts, interventions, measure, None if advance is None else lambda done, total: advance(what, done, total)
     )
     return list(zip(candidates, scores, strict=True))
-
-
-def _intervention(candidate: Candidate, inputs: SelectInputs, steers: bool) -> Intervention:
-    vector = inputs.directions[candidate.row, candidate.layer].float()
-    if steers:
-        return Intervention((Edit(inputs.site, candidate.layer, add=vector.reshape(-1, vector.shape[-1])[0]),))
-    return ablate_everywhere(Direction(vector, candidate.position, candidate.layer, inputs.directions.shape[1]))
 
 
 class Fixed(Selector):

@@ -43,12 +43,13 @@ def read_builtin(address: str, folder: Path) -> Pools:
 
 
 def read_tiny(address: str, folder: Path) -> Pools:
-    """Read requests from the grammar the embedded models were trained on; validation and test were kept from them."""
-    from refusalkit.tiny.grammar import requests
+    """Read requests from the grammar of the embedded models, which saw the harmful and harmless ones of `train`."""
+    from refusalkit.tiny.grammar import SIDES, SPLITS, requests
 
-    if address == "harmful" or address == "harmless":
-        return {split: requests(address, split) for split in ("train", "validation", "test")}
-    raise InputError("no such set", where=f"tiny:{address}", hint=nearest(address, ["harmful", "harmless"]))
+    for side in SIDES:
+        if address == side:
+            return {split: requests(side, split) for split in SPLITS}
+    raise InputError("no such set", where=f"tiny:{address}", hint=nearest(address, SIDES))
 
 
 def read_file(address: str, folder: Path) -> Pools:
@@ -234,7 +235,11 @@ SOURCES = (
         "a set written for this project: harmful, harmless, over_refusal_safe, over_refusal_unsafe",
         read_builtin,
     ),
-    PromptSource("tiny", "requests for the embedded models: harmful, harmless; divided into splits already", read_tiny),
+    PromptSource(
+        "tiny",
+        "requests for the embedded models: harmful, harmless, over_refusal; divided into splits already",
+        read_tiny,
+    ),
     PromptSource(
         "file", "a .txt, .jsonl, .json or .csv file, relative to the recipe; `#field` names the field", read_file
     ),

@@ -26,6 +26,7 @@ from refusalkit.engine.layout import layout_of
 from refusalkit.engine.lower import Pack, counted_from, lower, packs
 from refusalkit.engine.memory import out_of_memory
 from refusalkit.engine.request import Request, answer
+from refusalkit.engine.states import mean_states
 from refusalkit.errors import RunError
 from refusalkit.intervention import NOTHING, Intervention, Site
 from refusalkit.selector import Advance, Attribution, Measure
@@ -188,6 +189,8 @@ class Engine:
 
         self._over(prompts, run, prefix=prefix)
         return values
+
+    mean_states = mean_states
 
     def _pack_by_parts(
         self,

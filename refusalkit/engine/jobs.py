@@ -59,7 +59,7 @@ def cut(calls: Sequence[Call], most: float) -> list[list[Slice]]:
             jobs[-1].append((number, start, start + taken))
             start += taken
             room -= taken * call.work
-    return jobs
+    return [job for job in jobs if job]
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,12 @@ def lower(
     rows: int,
     device: torch.device,
     reads: Sequence[tuple[Site, int]] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> Program:
     """Lower interventions of one pack to steps; each intervention covers `rows` consecutive rows of the batch.
 
-    `reads` are the (site, layer) whose hidden state is kept, as it is after the edits of that place.
+    `reads` are the (site, layer) whose hidden state is kept, as it is after the edits of that place. Tensors go to
+    `device` in `dtype`.
     """
     # One basis stands in three edits a layer; stacking it once keeps a pack of 90 edits to one tensor.
     stacked: dict[tuple[int, ...], Tensor] = {}
@@ -109,7 +111,7 @@ def lower(
             if len(present) > 1:
                 value = torch.stack([tensor.reshape(-1, tensor.shape[-1]) for tensor in present])
                 value = value.repeat_interleave(rows, 0)
-            stacked[key] = value.float().to(device)
+            stacked[key] = value.to(dtype).to(device)
         return stacked[key]
 
     steps: list[tuple[tuple[int, int, int], Step]] = []

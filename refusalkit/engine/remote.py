@@ -35,6 +35,7 @@ from refusalkit.engine.request import (
     Readings,
     Request,
     Scores,
+    States,
 )
 from refusalkit.engine.server import Server, chosen_host
 from refusalkit.engine.weights import Edited
@@ -141,6 +142,17 @@ class RemoteEngine:
         found: Tensor = self.run([Scores(prompts, interventions, measure)], advance)[0]
         return found
 
+    def mean_states(
+        self,
+        prompts: Sequence[Tokens],
+        interventions: Sequence[Intervention],
+        layers: Sequence[int],
+        advance: Advance | None = None,
+    ) -> Tensor:
+        """Return what blocks hand on at the prompts' last token, averaged: [intervention, layer, d_model] float64."""
+        found: Tensor = self.run([States(prompts, interventions, layers)], advance)[0]
+        return found
+
     def generate(
         self,
         prompts: Sequence[Tokens],
@@ -173,6 +185,8 @@ class RemoteEngine:
                 return self._capture(request)
             case Scores():
                 return self._scores(request)
+            case States():
+                return self._states(request)
             case Openings():
                 return self._openings(request)
             case Readings():
@@ -213,6 +227,16 @@ class RemoteEngine:
         limit = None if measure.stop_above is None else measure.stop_above * n_prompts
         call = self._per_program(work.scores, request.interventions, groups, (batches, token_ids, limit))
         return call, lambda found: torch.stack([_in_order(groups, [values]) for values in found])
+
+    def _states(self, request: States) -> Question:
+        groups = self._batches(request.prompts)
+        reads: list[tuple[Site, int]] = [("resid_post", layer) for layer in request.layers]
+        programs = tuple(lower([each], self.layout, 1, CPU, reads) for each in request.interventions)
+        self.prompt_passes += (len(programs) - 1) * len(request.prompts)
+        call = Call(work.states, programs, (_inputs(groups),), _per_batch(groups) * len(groups))
+        # Kept in forward order, whatever the order they are asked for in.
+        order = [sorted(request.layers).index(layer) for layer in request.layers]
+        return call, lambda found: torch.stack(found)[:, order] / len(request.prompts)
 
     def _readings(self, request: Readings) -> Question:
         groups = self._batches(request.prompts)

@@ -45,6 +45,15 @@ class Scores:
 
 
 @dataclass(frozen=True, eq=False)
+class States:
+    """Average what blocks hand on at the last token; answered by [intervention, layer, d_model] float64."""
+
+    prompts: Sequence[Tokens]
+    interventions: Sequence[Intervention]
+    layers: Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
 class Openings:
     """Find the tokens that open the answers of one group of prompts more often than those of another.
 
@@ -125,7 +134,7 @@ class Cosines:
     site: Site = "resid_pre"
 
 
-Request = Capture | Scores | Openings | Readings | Completions | Losses | Cosines
+Request = Capture | Scores | States | Openings | Readings | Completions | Losses | Cosines
 
 
 def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
@@ -135,6 +144,8 @@ def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
             return engine.capture(prompts, positions, site, layers=layers, keep_samples=keep_samples, advance=advance)
         case Scores(prompts, interventions, measure):
             return engine.measure(prompts, interventions, measure, advance)
+        case States(prompts, interventions, layers):
+            return engine.mean_states(prompts, interventions, layers, advance)
         case Openings():
             return opened([engine.logits(group) for group in request.groups], request.token_ids, request.most)
         case Readings(prompts, interventions, token_ids, keep_logits):

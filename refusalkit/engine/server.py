@@ -8,6 +8,7 @@ whatever the server says.
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,8 +57,6 @@ def chosen_host(recipe_host: str | None) -> str:
 
     Raises `InputError` when none was chosen: nnsight would then talk to the public service.
     """
-    import os
-
     settings = _read_yaml(_user_config_path()).get("API") or {}
     host = recipe_host or os.environ.get("NDIF_HOST") or settings.get("HOST")
     if not host:

@@ -8,6 +8,7 @@ after the other. So a job can be cut between any two items.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,9 +36,9 @@ Part = tuple[Task, tuple[Any, ...], tuple[Any, ...]]
 #: One pass over the prompts alone, of which the last position's logits are needed.
 ONCE = {"logits_to_keep": 1, "use_cache": False}
 WHOLE = {**ONCE, "stop": False}
-#: A sum of few numbers ends in zeros, which compress. Divided by this it fills all its bits, and the size of the answer
-#: says nothing of the number of prompts.
-SPREAD = 3.0
+#: A sum of few numbers ends in zeros, which compress. Divided by a number without pattern it fills all its bits, and
+#: the size of the answer says nothing of the number of prompts.
+SPREAD = math.pi
 NO_SKIP: tuple[Sequence[str], None] = ((), None)
 
 
@@ -97,6 +98,15 @@ def scores(
             else:
                 rows.append(algebra.refusal_score(logits, token_ids).cpu())
         found.append(torch.cat(rows))
+    return found
+
+
+def states(model: Any, programs: Sequence[Program], batches: Sequence[Inputs]) -> list[Tensor]:
+    """Sum for every program what it keeps at the last token over all prompts: [read, d_model] float64."""
+    found = []
+    for program in programs:
+        parts = [read_sums(model, inputs, program, (-1,), WHOLE)[0] for inputs in batches]
+        found.append(torch.stack(parts).sum(0))
     return found
 
 

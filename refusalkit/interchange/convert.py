@@ -36,8 +36,7 @@ def convert(source: Path, target: Path, to: str | None, wanted: Wanted, registry
 
     Raises `InputError` when either cannot be used, or when the format cannot say what the source says.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError("is there already", where=str(target), hint="name a new file or folder")
+    _check_free(target)
     read, written = recognise(source), goal(target, to)
     if read is written and source.is_dir() and not ending(target):
         raise InputError(f"is {written.name} already", where=str(source), hint="copy the folder")
@@ -45,15 +44,36 @@ def convert(source: Path, target: Path, to: str | None, wanted: Wanted, registry
     _check_rank(content, written, target)
     content = _settled(content, written, wanted, target)
     checkpoint = _model(content, written, wanted, registry, target)
+    said: tuple[str, ...] = ()
     if checkpoint is not None:
         _check_fits(content, checkpoint, source)
-        named = {"model": checkpoint.section.id, "model_revision": checkpoint.revision}
-        # The user's word, or where the direction was found, even if the model has changed since.
-        metadata = {**content.metadata, **named} if wanted.model else {**named, **content.metadata}
-        model_type = content.model_type or str(checkpoint.config.model_type)
-        content = replace(content, model_type=model_type, metadata=metadata)
-    said = written.write(content, target, checkpoint)
+        said = _other_type(content, checkpoint)
+        content = _named(content, checkpoint, by_user=wanted.model is not None)
+    said += written.write(content, target, checkpoint)
     return Converted(read, written, said, content.left_out + _lost(content, written, target))
+
+
+def _check_free(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError("is there already", where=str(target), hint="name a new file or folder")
+    if not target.absolute().parent.is_dir():
+        raise InputError("lies in a folder that is not there", where=str(target), hint=f"make {target.parent} first")
+
+
+def _named(content: Content, checkpoint: Checkpoint, by_user: bool) -> Content:
+    """Note the model: the user's word, or where the direction was found, even if the model has changed since."""
+    model_type = str(checkpoint.config.model_type)
+    named = {"model": checkpoint.section.id, "model_revision": checkpoint.revision}
+    if by_user:
+        return replace(content, model_type=model_type, metadata={**content.metadata, **named})
+    return replace(content, model_type=content.model_type or model_type, metadata={**named, **content.metadata})
+
+
+def _other_type(content: Content, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Say so where the source names another type of model; spellings differ too much to refuse it."""
+    ours, theirs = str(checkpoint.config.model_type), content.model_type
+    same = theirs is None or theirs == ours
+    return () if same else (f"the source says that it is for {theirs!r}, and {checkpoint.section.id} is {ours!r}",)
 
 
 def _check_rank(content: Content, written: Format, target: Path) -> None:

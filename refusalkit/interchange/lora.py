@@ -112,8 +112,8 @@ def write(content: Content, target: Path, checkpoint: Checkpoint | None) -> tupl
 
 
 TIED = (
-    "the unembedding is tied to the embedding: keep the adapter unmerged, or load the model with "
-    "tie_word_embeddings=False before merging, because merging would change the unembedding too"
+    "the unembedding is tied to the embedding: keep the adapter unmerged, because merging would change the unembedding "
+    "too; `refusalkit bake` writes whole weights, untied"
 )
 
 

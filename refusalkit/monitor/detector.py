@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from refusalkit import algebra
 from refusalkit.artifacts import Artifact, Frozen
 from refusalkit.engine.engine import Engine
-from refusalkit.engine.remote import RemoteEngine
 from refusalkit.engine.request import Capture
 from refusalkit.intervals import Interval, auroc, wilson
 from refusalkit.intervention import Site
 from refusalkit.metric import Side
+
+if TYPE_CHECKING:
+    from refusalkit.engine.remote import RemoteEngine
 
 Kind = Literal["projection", "latent_guard"]
 Tokens = tuple[int, ...]

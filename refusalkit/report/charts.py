@@ -11,10 +11,11 @@ from typing import Any
 import altair as alt
 
 from refusalkit.artifacts import Evaluation
+from refusalkit.metric import SIDES
 from refusalkit.report import estimates, heat_map, intervals
 from refusalkit.report.measured import costs_first, metrics
-from refusalkit.report.theme import Mode, config
-from refusalkit.report.wording import position
+from refusalkit.report.theme import SHAPES, Mode, config
+from refusalkit.report.wording import position, side_name
 from refusalkit.run_directory import Run
 
 
@@ -82,12 +83,12 @@ def svg(figure: Figure, mode: Mode = "light") -> str:
 
 
 def rate_figures(run: Run) -> list[Figure]:
-    """Draw every rate, both sides next to each other."""
+    """Draw every rate, the sides next to each other."""
     return [
         Figure(
             name=file_name("rate", metric),
             title=f"{words(metric)[0].upper()}{words(metric)[1:]} by intervention",
-            description=f"{words(metric)} with 95% intervals, for harmful and harmless requests, by intervention.",
+            description=f"{words(metric)} with 95% intervals, for every kind of request, by intervention.",
             chart=intervals.chart(run.evaluation.results, metric, "share of held-out requests"),
             min_width=320,
         )
@@ -129,7 +130,7 @@ def heat_maps(run: Run) -> list[Figure]:
             min_width=40 + 7 * max(map(len, labels.values())) + 11 * n_layers,
             saved_width=max(180, min(24 * n_layers, 960)),
         )
-        for score in heat_map.scores(run.choice)
+        for score in heat_map.scores(run.choice) + heat_map.compared(run.candidates)
     ]
 
 
@@ -150,7 +151,7 @@ def estimate_figures(run: Run) -> list[Figure]:
 
 
 def separation_figures(run: Run) -> list[Figure]:
-    """Draw how harmful and harmless prompts lie along the direction, layer by layer."""
+    """Draw how the prompts of every side lie along the direction, layer by layer."""
     rows = _separation_rows(run.evaluation)
     if not rows:
         return []
@@ -159,7 +160,7 @@ def separation_figures(run: Run) -> list[Figure]:
             name="separation",
             title="Cosine with the direction, layer by layer",
             description="Mean and 5th to 95th percentile of the cosine between the residual stream and the direction, "
-            "for harmful and harmless requests, by layer.",
+            "for every kind of request, by layer.",
             chart=_separation_chart(rows, run.choice.layer),
             min_width=320,
         )
@@ -168,7 +169,7 @@ def separation_figures(run: Run) -> list[Figure]:
 
 def _separation_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     return [
-        {"side": band.prompts, "layer": layer, "mean": mean, "low": low, "high": high}
+        {"side": side_name(band.prompts), "layer": layer, "mean": mean, "low": low, "high": high}
         for band in evaluation.separation
         for layer, (mean, low, high) in enumerate(zip(band.mean, band.low, band.high, strict=True))
         if all(map(math.isfinite, (mean, low, high)))
@@ -176,21 +177,22 @@ def _separation_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _separation_chart(rows: Sequence[dict[str, Any]], chosen: int) -> alt.LayerChart | alt.FacetChart:
+    every, shown = [side_name(side) for side in SIDES], list(dict.fromkeys(row["side"] for row in rows))
     base = alt.Chart(alt.InlineData(list(rows))).encode(
         x=alt.X("layer:Q").title("layer").axis(tickMinStep=1, format="d", grid=False).scale(nice=False, padding=4),
         color=alt.Color("side:N")
         .title(None)
-        .scale(domain=["harmful", "harmless"], range="category")
-        .legend(orient="top", symbolOpacity=1),
+        .scale(domain=every, range="category")
+        .legend(orient="top", symbolOpacity=1, values=shown),
     )
     title = "cosine with the direction"
     band = base.mark_area(opacity=0.18, line=False).encode(y=alt.Y("low:Q").title(title), y2="high:Q")
     line = base.mark_line(strokeWidth=2).encode(y=alt.Y("mean:Q").title(title))
     points = base.mark_point(filled=True, size=44, opacity=1).encode(
         shape=alt.Shape("side:N")
-        .scale(domain=["harmful", "harmless"], range=["circle", "diamond"])
+        .scale(domain=every, range=list(SHAPES.values()))
         .title(None)
-        .legend(orient="top", symbolOpacity=1),
+        .legend(orient="top", symbolOpacity=1, values=shown),
         y=alt.Y("mean:Q").title(title),
         tooltip=[
             alt.Tooltip("side:N", title="requests"),

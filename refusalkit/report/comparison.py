@@ -14,7 +14,7 @@ from typing import Any
 
 from refusalkit.artifacts import Result
 from refusalkit.errors import InputError
-from refusalkit.metric import Side
+from refusalkit.metric import SIDES, Side
 from refusalkit.paired import Difference, Sample, difference, holm
 from refusalkit.report.measured import BASELINE, find, interventions, is_control
 from refusalkit.report.wording import count
@@ -132,15 +132,15 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 def _unmodified(entries: Sequence[Entry]) -> Iterator[tuple[str, Entry]]:
     """Take one run for each unmodified model, and more where it was measured on other prompts or in another way."""
-    seen: dict[str, tuple[str, Entry]] = {}
+    seen: dict[str, Entry] = {}
     for entry in entries:
-        results = [row.model_dump(mode="json") for row in entry.run.evaluation.results if row.intervention == BASELINE]
-        key = json.dumps([_model(entry.run), results])
-        seen.setdefault(key, (_model(entry.run), entry))
-    models = [model for model, _ in seen.values()]
-    for model, entry in seen.values():
-        repeated = models.count(model) > 1
-        yield (f"{model}, as in {entry.label}" if repeated else model), entry
+        model, evaluate = (entry.run.recipe.get(key) or {} for key in ("model", "evaluate"))
+        asked = [model.get("revision"), model.get("dtype"), evaluate.get("metrics"), evaluate.get("max_new_tokens")]
+        tests = [entry.run.prompts.of(side, "test") for side in SIDES]
+        seen.setdefault(json.dumps([_model(entry.run), asked, tests]), entry)
+    models = [_model(entry.run) for entry in seen.values()]
+    for model, entry in zip(models, seen.values(), strict=True):
+        yield (f"{model}, as in {entry.label}" if models.count(model) > 1 else model), entry
 
 
 def _model(run: Run) -> str:

@@ -55,8 +55,9 @@ def _cell(comparison: Comparison, run: str, result: Result | None) -> str:
 def _aligned(rows: Sequence[Row]) -> Iterator[str]:
     """Give numbers the room they need, and what is left of the line to the names."""
     widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
-    widths[0] = max(_SHORTEST, min(widths[0], WIDTH - sum(widths[2:]) - min(widths[1], 2 * _SHORTEST)))
-    widths[1] = max(_SHORTEST, min(widths[1], WIDTH - sum(widths[2:]) - widths[0]))
+    room = WIDTH - sum(widths[2:])
+    widths[0] = min(widths[0], max(_SHORTEST, room - min(widths[1], 2 * _SHORTEST)))
+    widths[1] = min(widths[1], max(_SHORTEST, room - widths[0]))
     for row in rows:
         yield "".join(_fit(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip()
 

@@ -13,7 +13,7 @@ from refusalkit.report.measured import in_order, is_control
 from refusalkit.report.wording import count
 from refusalkit.run_directory import Run
 
-EXAMPLES: dict[Side, int] = {"harmless": 4, "harmful": 8}
+EXAMPLES: dict[Side, int] = {"harmless": 4, "over_refusal": 4, "harmful": 8}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,11 @@ from refusalkit.report.wording import number, points, with_interval
 Size = Literal["strong", "partial", "none", "reversed"]
 REMOVED_SHARE = 0.75
 INDUCED_RATE = 0.5
+_REQUESTS: dict[Side, str] = {
+    "harmful": "harmful requests",
+    "harmless": "harmless requests",
+    "over_refusal": "safe requests that look harmful",
+}
 _SCALE = re.compile(r"\bscale=(-?\d+(?:\.\d+)?)")
 
 
@@ -66,7 +71,7 @@ class Effect:
     @property
     def what(self) -> str:
         """What was measured, in words."""
-        requests = "held-out harmful requests" if self.before.prompts == "harmful" else "held-out harmless requests"
+        requests = f"held-out {_REQUESTS[self.before.prompts]}"
         return f"refusal of {requests}" if self.before.kind == "rate" else f"the mean refusal score of {requests}"
 
     def in_words(self) -> str:
@@ -90,8 +95,13 @@ def _apart(one: Result, other: Result) -> bool:
     return one.high < other.low or other.high < one.low
 
 
-def sentence(choice: Choice, evaluation: Evaluation) -> str:
-    """Say what was found: the verdict, then the numbers it rests on."""
+def sentence(choice: Choice, evaluation: Evaluation, *, repairs: bool = False) -> str:
+    """Say what was found: the verdict, then the numbers it rests on.
+
+    `repairs` says that the direction was found to answer over-refused prompts, and not to bypass refusal.
+    """
+    if repairs:
+        return _repair(choice, evaluation)
     effects = [effect for effect in (_removing(evaluation), _adding(evaluation)) if effect is not None]
     subject = f"{_thing(choice)} at layer {choice.layer}, position {choice.position}"
     if not effects:
@@ -104,6 +114,32 @@ def sentence(choice: Choice, evaluation: Evaluation) -> str:
     if len(effects) == 1:
         missing = f" {'Adding' if effects[0].wanted < 0 else 'Removing'} it was not measured in this run."
     return f"{subject} {_verdict(effects)}: {'; '.join(clauses)}.{missing}"
+
+
+def _repair(choice: Choice, evaluation: Evaluation) -> str:
+    """Say what removing the direction does to over-refusal, and whether true refusals stay."""
+    subject = f"{_thing(choice)} at layer {choice.layer}, position {choice.position}"
+    repaired = _removing(evaluation, "over_refusal")
+    if repaired is None:
+        return f"{subject} was chosen; this run did not measure what removing it does to over-refusal."
+    kept = _effect(evaluation, repaired.after.intervention, "harmful", repaired.verb, -1)
+    clauses = [repaired.in_words()]
+    if kept is not None:
+        change = "stays" if kept.size == "none" else "goes"
+        clauses.append(f"{kept.what} {change} from {with_interval(kept.before)} to {with_interval(kept.after)}")
+    if control := _control_clause([repaired]):
+        clauses.append(control)
+    return f"{subject} {_repair_verdict(repaired, kept)}: {'; '.join(clauses)}."
+
+
+def _repair_verdict(repaired: Effect, kept: Effect | None) -> str:
+    if repaired.size in ("none", "reversed"):
+        return "has no measurable effect on over-refusal" if repaired.size == "none" else "adds to over-refusal"
+    if repaired.control_matters:
+        return "lowers over-refusal, but so does a random direction"
+    if kept is not None and kept.size in ("strong", "partial"):
+        return "lowers over-refusal, and true refusals with it"
+    return "repairs over-refusal" + ("" if repaired.size == "strong" else " in part")
 
 
 def _thing(choice: Choice) -> str:
@@ -130,7 +166,7 @@ def _verdict(effects: list[Effect]) -> str:
     return "changes refusal in part"
 
 
-def _removing(evaluation: Evaluation) -> Effect | None:
+def _removing(evaluation: Evaluation, side: Side = "harmful") -> Effect | None:
     """Take the strongest form of removal that was measured: ablation, then the weights, then subtraction."""
     names = [label for label in interventions(evaluation) if not is_control(label)]
     # The plain form says more than one that is kept to some layers or tokens.
@@ -138,12 +174,12 @@ def _removing(evaluation: Evaluation) -> Effect | None:
     kinds = (("ablate", "removing it"), ("orthogonalize", "removing it from the weights"))
     for kind, verb in kinds:
         for label in names:
-            if _kind(label) == kind and (effect := _effect(evaluation, label, "harmful", verb, -1)):
+            if _kind(label) == kind and (effect := _effect(evaluation, label, side, verb, -1)):
                 return effect
     for label in names:
         if _kind(label) != "steer" or _scale(label) > 0:
             continue
-        if effect := _effect(evaluation, label, "harmful", _times("subtracting it", -_scale(label)), -1):
+        if effect := _effect(evaluation, label, side, _times("subtracting it", -_scale(label)), -1):
             return effect
     return None
 

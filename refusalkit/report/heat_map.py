@@ -68,6 +68,22 @@ CAUSAL = (
 )
 
 
+#: What every other strategy is compared with.
+BASELINE_STRATEGY = "difference_in_means"
+COSINE = ScoreKind(
+    "cosine",
+    "Cosine with the difference in means",
+    "cosine",
+    "Between what the strategy found and the difference in means at the same place.",
+    "diverging",
+)
+
+
+def compared(candidates: Candidates) -> list[ScoreKind]:
+    """Return the comparison with the difference in means, where it is one."""
+    return [] if candidates.cosines is None or candidates.strategy == BASELINE_STRATEGY else [COSINE]
+
+
 def scores(choice: Choice) -> list[ScoreKind]:
     """Return the scores this run has: the paper's three where they were taken, then what the selector adds."""
     causal = [score for score in CAUSAL if any(_finite(getattr(row, score.name)) is not None for row in choice.scores)]
@@ -83,12 +99,19 @@ def cells(choice: Choice, candidates: Candidates, labels: Mapping[int, str]) -> 
     """Return one row of data a candidate, with everything the tooltip says."""
     norms = candidates.directions.double().flatten(start_dim=2).norm(dim=-1)
     places = {position: row for row, position in enumerate(candidates.positions)}
-    return [_cell(row, labels, norms[places[row.position], row.layer].item()) for row in choice.scores]
+    found = []
+    for row in choice.scores:
+        place = places[row.position], row.layer
+        further = dict(row.extra)
+        if candidates.cosines is not None and compared(candidates):
+            further[COSINE.name] = candidates.cosines[place].item()
+        found.append(_cell(row, labels, norms[place].item(), further))
+    return found
 
 
-def _cell(row: ScoreRow, labels: Mapping[int, str], norm: float) -> dict[str, Any]:
+def _cell(row: ScoreRow, labels: Mapping[int, str], norm: float, further: Mapping[str, float]) -> dict[str, Any]:
     values = {score.name: _finite(getattr(row, score.name)) for score in CAUSAL}
-    values |= {name: _finite(value) for name, value in row.extra.items()}
+    values |= {name: _finite(value) for name, value in further.items()}
     return {
         "position": labels[row.position],
         "layer": row.layer,

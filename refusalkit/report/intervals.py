@@ -10,8 +10,10 @@ from typing import Any
 import altair as alt
 
 from refusalkit.artifacts import Result
-from refusalkit.report.measured import COSTS, SIDES, in_order, is_control, sides
-from refusalkit.report.wording import lines, with_interval
+from refusalkit.metric import SIDES
+from refusalkit.report.measured import COSTS, in_order, is_control, sides
+from refusalkit.report.theme import SHAPES
+from refusalkit.report.wording import lines, side_name, with_interval
 
 STEP = 18
 LINE = 14
@@ -24,7 +26,7 @@ def chart(
     """Draw `metric` for every intervention, one row an intervention and one line a side; `rows` says what rows are."""
     measured = [row for row in results if row.metric == metric]
     order = in_order([row.intervention for row in measured])
-    shown = sides(measured, metric)
+    shown, every = ([side_name(side) for side in listed] for listed in (sides(measured, metric), SIDES))
     rate = measured[0].kind == "rate"
     base = alt.Chart(alt.InlineData([_row(row) for row in measured if math.isfinite(row.value)])).encode(
         y=alt.Y("intervention:N")
@@ -32,11 +34,8 @@ def chart(
         .sort(list(order))
         .scale(domain=list(order), paddingInner=0.25)
         .axis(**_row_axis(order)),
-        yOffset=alt.YOffset("side:N").sort(list(SIDES)).scale(domain=list(shown)),
-        color=alt.Color("side:N")
-        .scale(domain=list(SIDES), range="category")
-        .title(None)
-        .legend(orient="top", values=list(shown)),
+        yOffset=alt.YOffset("side:N").sort(every).scale(domain=shown),
+        color=alt.Color("side:N").scale(domain=every, range="category").title(None).legend(orient="top", values=shown),
         opacity=alt.condition("datum.control", alt.value(QUIET), alt.value(1)),
         tooltip=[
             alt.Tooltip("intervention:N", title=rows),
@@ -54,9 +53,9 @@ def chart(
     dot = base.mark_point(filled=True, size=80).encode(
         x=across,
         shape=alt.Shape("side:N")
-        .scale(domain=list(SIDES), range=["circle", "diamond"])
+        .scale(domain=every, range=list(SHAPES.values()))
         .title(None)
-        .legend(orient="top", values=list(shown)),
+        .legend(orient="top", values=shown),
     )
     row = max(34, len(shown) * STEP + 10, max(len(lines(label)) for label in order) * LINE + 8)
     return alt.layer(interval, dot).properties(width="container", height=row * len(order))
@@ -66,7 +65,7 @@ def _row(row: Result) -> dict[str, Any]:
     known = math.isfinite(row.low) and math.isfinite(row.high)
     return {
         "intervention": row.intervention,
-        "side": row.prompts,
+        "side": side_name(row.prompts),
         "value": row.value,
         "low": row.low if known else row.value,
         "high": row.high if known else row.value,

@@ -7,12 +7,11 @@ import re
 from collections.abc import Iterable, Sequence
 
 from refusalkit.artifacts import Evaluation, Result
-from refusalkit.metric import Side
+from refusalkit.metric import SIDES, Side
 
 BASELINE = "none"
 #: Metrics that say what an intervention breaks.
 COSTS = ("kl", "cross_entropy", "perplexity")
-SIDES: tuple[Side, ...] = ("harmful", "harmless")
 _RANDOM = re.compile(r"_random(?:[_#]?\d+)?")
 
 

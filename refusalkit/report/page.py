@@ -16,6 +16,7 @@ from refusalkit.report import tables
 from refusalkit.report.charts import Figure, figures, svg
 from refusalkit.report.completions import examples
 from refusalkit.report.finding import sentence
+from refusalkit.report.heat_map import BASELINE_STRATEGY
 from refusalkit.report.measured import costs_first, interventions, is_control, metrics
 from refusalkit.report.provenance import provenance
 from refusalkit.report.theme import config
@@ -35,6 +36,7 @@ def render_html(run: Run, *, show_completions: bool = False) -> str:
         **_figures(run),
         **_numbers(run),
         harmless=examples(run, "harmless", show_completions=show_completions),
+        over_refusal=examples(run, "over_refusal", show_completions=show_completions),
         harmful=examples(run, "harmful", show_completions=show_completions),
         provenance=provenance(run),
         recipe_yaml=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
@@ -77,20 +79,22 @@ def _found(run: Run) -> dict[str, Any]:
     model = str((run.environment.get("model") or {}).get("id") or (run.recipe.get("model") or {}).get("id") or "–")
     choice = run.choice
     tokens = dict(zip(run.prompts.positions, run.prompts.position_tokens, strict=False))
+    said = sentence(choice, run.evaluation, repairs=run.candidates.repairs)
     return {
         "name": str(run.recipe.get("name") or run.folder.name),
         "description": run.recipe.get("description"),
         "model": model,
         "toy": model.startswith("tiny:"),
         "started": str(run.environment.get("started") or "")[:10],
-        "sentence": _INTERVAL.sub("\N{NO-BREAK SPACE}[\\1,\N{NO-BREAK SPACE}\\2]", sentence(choice, run.evaluation)),
+        "sentence": _INTERVAL.sub("\N{NO-BREAK SPACE}[\\1,\N{NO-BREAK SPACE}\\2]", said),
         "choice": choice,
         "chosen_token": token(tokens[choice.position]) if choice.position in tokens else None,
         "strategy": run.candidates.strategy,
         "site": run.candidates.site,
         "n_candidates": count(len(choice.scores), "candidate"),
-        "baseline_harmful": number(choice.baseline_refusal_score),
+        "baseline_harmful": None if choice.baseline_refusal_score is None else number(choice.baseline_refusal_score),
         "baseline_harmless": number(choice.baseline_harmless_score),
+        "cosine": None if run.candidates.strategy == BASELINE_STRATEGY else number(choice.cosine),
         "fates": tables.fates(choice),
     }
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from refusalkit.artifacts import PromptSplits
 from refusalkit.metric import Side
-from refusalkit.report.measured import SIDES
 from refusalkit.report.wording import NOTHING_TO_SHOW, bytes_of, duration, number, token
 from refusalkit.run_directory import Run
 from refusalkit.store import STAGES
@@ -83,8 +82,8 @@ def _model(run: Run) -> Pairs:
 def _splits(prompts: PromptSplits) -> list[SplitRow]:
     filtered = {(row.side, row.split): row for row in prompts.filtered}
     rows = []
-    for side in SIDES:
-        for split, used in (prompts.harmful if side == "harmful" else prompts.harmless).items():
+    for side, splits in prompts.sides.items():
+        for split, used in splits.items():
             told = filtered.get((side, split))
             dropped = "not filtered" if told is None else f"{told.of - told.kept} of {told.of}"
             rows.append(SplitRow(side, split, len(used), dropped, number(told.mean_score if told else None)))

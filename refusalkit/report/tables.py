@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from refusalkit.artifacts import Choice, Evaluation, Result, WeightEdit
 from refusalkit.metric import Side
+from refusalkit.report.heat_map import scores
 from refusalkit.report.measured import find, in_order, is_control, sides
 from refusalkit.report.wording import number, with_interval
 
@@ -78,14 +79,17 @@ class Fate:
     status: str
     count: int
     unscored: int
-    """How many of them lack at least one of the three scores."""
+    """How many of them lack a score that others have."""
 
 
 def fates(choice: Choice) -> list[Fate]:
     """Count how many candidates were chosen, survived, or fell to which reason."""
     counts = Counter(row.status for row in choice.scores)
+    names = [score.name for score in scores(choice)]
     unscored = Counter(
-        row.status for row in choice.scores if None in (row.refusal_score, row.induced_score, row.kl_nats)
+        row.status
+        for row in choice.scores
+        if any(row.extra.get(name, getattr(row, name, None)) is None for name in names)
     )
     order = sorted(counts, key=lambda status: (status != "chosen", status != "survivor", -counts[status], status))
     return [Fate(status, counts[status], unscored[status]) for status in order]

@@ -9,7 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from refusalkit.metric import SIDES, Side
+
 Mode = Literal["light", "dark"]
+#: The mark of each side, so that colour is not all that tells them apart.
+SHAPES: dict[Side, str] = {"harmful": "circle", "harmless": "diamond", "over_refusal": "triangle-up"}
 
 SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'Liberation Mono', monospace"
@@ -26,6 +30,7 @@ class Palette:
     missing: str
     harmful: str
     harmless: str
+    over_refusal: str
     diverging: tuple[str, ...]
     """From answers (negative scores) to refuses (positive ones)."""
     ramp: tuple[str, ...]
@@ -40,6 +45,7 @@ LIGHT = Palette(
     missing="#efefec",
     harmful="#b8470b",
     harmless="#1f6fb2",
+    over_refusal="#6d7f1a",
     diverging=("#0b5d56", "#4fa69c", "#c3e2dd", "#f7f6f2", "#dac7e6", "#a475c2", "#57267a"),
     ramp=("#f8f5ee", "#f9dcae", "#ee9f55", "#c2542c", "#6b1d1d"),
 )
@@ -51,6 +57,7 @@ DARK = Palette(
     missing="#212428",
     harmful="#f19a5b",
     harmless="#6fb5f0",
+    over_refusal="#c0cf5a",
     diverging=("#84e3d6", "#3d9f94", "#20534e", "#2b2d32", "#4d3465", "#8d5cb6", "#d7b0f6"),
     ramp=("#2a2a2e", "#5c3622", "#a85a2d", "#ea9a54", "#fde5bd"),
 )
@@ -89,7 +96,7 @@ def config(mode: Mode) -> dict[str, Any]:
         "axis": axis,
         "legend": legend,
         "range": {
-            "category": [colours.harmful, colours.harmless],
+            "category": [getattr(colours, side) for side in SIDES],
             "diverging": list(colours.diverging),
             "ramp": list(colours.ramp),
         },

@@ -6,12 +6,18 @@ import math
 import textwrap
 
 from refusalkit.artifacts import Result
+from refusalkit.metric import Side
 
 NOTHING_TO_SHOW = "–"
 MINUS = "\N{MINUS SIGN}"
 # Byte-level and sentencepiece tokenizers spell whitespace with these letters.
 _SPELLED = {"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t"}
 _SHOWN = {" ": "␣", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+def side_name(side: Side) -> str:
+    """Write what prompts are: `over-refusal`."""
+    return side.replace("_", "-")
 
 
 def number(value: float | None, digits: int = 3) -> str:

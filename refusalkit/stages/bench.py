@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from refusalkit.engine.engine import Engine
-from refusalkit.engine.remote import RemoteEngine
 from refusalkit.progress import Progress
 from refusalkit.selector import Advance
 from refusalkit.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from refusalkit.engine.remote import RemoteEngine
 
 
 @dataclass(frozen=True, eq=False)

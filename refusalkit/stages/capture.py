@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from refusalkit.artifacts import Activations, PromptSplits
 from refusalkit.engine.request import Capture
@@ -10,19 +11,28 @@ from refusalkit.errors import RunError
 from refusalkit.metric import Side
 from refusalkit.recipe import CaptureSection
 from refusalkit.stages.bench import Bench
+from refusalkit.stages.prompts import check_enough
 
 
 def capture(
-    section: CaptureSection, splits: PromptSplits, needs: Literal["means", "samples"], bench: Bench
+    section: CaptureSection,
+    splits: PromptSplits,
+    needs: Literal["means", "samples"],
+    bench: Bench,
+    sides: Sequence[Side] = ("harmful", "harmless"),
 ) -> Activations:
-    """Capture both sides at the positions of `splits`; raises `RunError` where activations are not numbers."""
-    sides: tuple[Side, Side] = ("harmful", "harmless")
+    """Capture `sides`, the harmful and the harmless among them, at the positions of `splits`.
+
+    Raises `RunError` where activations are not numbers, and where too few prompts of a side are left.
+    """
+    for side in sides:
+        check_enough(splits, side, "train")
     requests = [
         Capture(bench.tokens(splits.of(side, "train")), splits.positions, section.site, needs == "samples")
         for side in sides
     ]
-    harmful, harmless = bench.engine.run(requests, bench.advance("prompts"))
-    for side, found in zip(sides, (harmful, harmless), strict=True):
+    captured = dict(zip(sides, bench.engine.run(requests, bench.advance("prompts")), strict=True))
+    for side, found in captured.items():
         bad = (~found.mean.isfinite()).nonzero()
         if len(bad):
             raise RunError(
@@ -31,13 +41,7 @@ def capture(
                 hint="float16 overflows on many models: load with `model.dtype: bfloat16` or `float32`; "
                 "where it is one of these, a weight of the checkpoint is damaged",
             )
-    return Activations(
-        site=section.site,
-        positions=splits.positions,
-        harmful_mean=harmful.mean,
-        harmless_mean=harmless.mean,
-        n_harmful=harmful.n_prompts,
-        n_harmless=harmless.n_prompts,
-        harmful_samples=harmful.samples,
-        harmless_samples=harmless.samples,
-    )
+    fields: dict[str, Any] = {}
+    for side, found in captured.items():
+        fields |= {f"{side}_mean": found.mean, f"n_{side}": found.n_prompts, f"{side}_samples": found.samples}
+    return Activations(site=section.site, positions=splits.positions, **fields)

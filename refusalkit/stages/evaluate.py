@@ -30,7 +30,6 @@ from refusalkit.metric import Evidence, Metric, Need, Side
 from refusalkit.recipe import EvaluateSection
 from refusalkit.stages.bench import Bench
 
-SIDES: tuple[Side, Side] = ("harmful", "harmless")
 #: What metrics need that rests on completions of the unmodified model.
 WRITTEN: set[Need] = {"completions", "losses"}
 Tokens = tuple[int, ...]
@@ -107,7 +106,7 @@ def evaluate(
     unmodified: Unmodified,
     bench: Bench,
 ) -> Evaluation:
-    """Run every intervention, and its random controls, on both sides' test prompts.
+    """Run every intervention, and its random controls, on every side's test prompts.
 
     Raises `RunError` when an intervention that should act changes no logit.
     """
@@ -133,7 +132,7 @@ def evaluate(
             made, edit = _on_weights(case, asked, plain, direction, bench)
             outcomes.update(made)
             edits.append(edit)
-        _check(case, *([outcomes[label, side] for side in SIDES] for label in (case.label, cases[0].label)))
+        _check(case, *({each.side: outcomes[label, each.side] for each in asked} for label in (case.label, "none")))
     results: list[Result] = []
     generated = []
     for case in cases:
@@ -187,7 +186,7 @@ def _asked(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tupl
             tuple(metric for metric in section.metrics if side in metric.sides),
             section.max_new_tokens,
         )
-        for side in SIDES
+        for side in splits.sides
     )
 
 
@@ -270,17 +269,17 @@ def _gap(logits: Mapping[Side, Tensor], others: Mapping[Side, Tensor]) -> float:
     return max(((logits[side] - other).abs().max() / other.std()).item() for side, other in others.items())
 
 
-def _check(case: Case, outcomes: Sequence[Outcome], plain: Sequence[Outcome]) -> None:
+def _check(case: Case, outcomes: Mapping[Side, Outcome], plain: Mapping[Side, Outcome]) -> None:
     """Refuse numbers that mean nothing, given what the unmodified model did."""
     where = f"evaluate.interventions: {case.label}"
-    bad = [side for side, outcome in zip(SIDES, outcomes, strict=True) if not outcome.reading.finite]
+    bad = [side for side, outcome in outcomes.items() if not outcome.reading.finite]
     if bad:
         raise RunError(
             f"the logits on {' and '.join(bad)} test prompts are not numbers",
             where=where,
             hint="use a smaller scale, or load the model with `model.dtype: float32`",
         )
-    if case.acts and not any(_moved(outcome, other) for outcome, other in zip(outcomes, plain, strict=True)):
+    if case.acts and not any(_moved(outcome, plain[side]) for side, outcome in outcomes.items()):
         raise RunError(
             "changes nothing: the logits of every test prompt are those of the unmodified model",
             where=where,

@@ -10,7 +10,7 @@ from refusalkit import algebra
 from refusalkit.artifacts import FilterCount, Openers, PromptSplits, Split, Template
 from refusalkit.engine.request import Opened, Openings
 from refusalkit.errors import RunError
-from refusalkit.metric import Side
+from refusalkit.metric import SIDES, Side
 from refusalkit.stages.bench import Bench
 
 #: Below this many prompts a mean or a score says nothing.
@@ -33,6 +33,15 @@ class Request:
     openers: Literal["auto"] | tuple[str | int, ...]
     family_openers: tuple[str, ...]
     duplicates_dropped: int = 0
+    over_refusal: Mapping[Split, tuple[str, ...]] | None = None
+    openers_needed: bool = True
+    """Whether something rests on refusal scores, so that a run without openers means nothing."""
+
+    @property
+    def sides(self) -> dict[Side, Mapping[Split, tuple[str, ...]]]:
+        """The prompts of every side there is, by split."""
+        present = {side: getattr(self, side) for side in SIDES}
+        return {side: splits for side, splits in present.items() if splits is not None}
 
 
 def settle(request: Request, bench: Bench) -> PromptSplits:
@@ -40,9 +49,9 @@ def settle(request: Request, bench: Bench) -> PromptSplits:
 
     Raises `RunError` when the model refuses no harmful prompt or too few prompts are left.
     """
-    sides: dict[Side, Mapping[Split, tuple[str, ...]]] = {"harmful": request.harmful, "harmless": request.harmless}
+    sides = request.sides
     parts: list[tuple[Side, Split]] = [(side, split) for side in sides for split in ("train", "validation")]
-    # Both training splits first: these are compared.
+    # Training splits first, and of these harmful before harmless: the first two are compared.
     order = sorted(parts, key=lambda part: part[1])
     named = () if request.openers == "auto" else bench.template.opener_ids(request.openers)
     asked = Openings(
@@ -66,7 +75,7 @@ def settle(request: Request, bench: Bench) -> PromptSplits:
     columns = [opened.token_ids.index(token) for token in openers.token_ids]
     for side, split in parts:
         scores = algebra.log_odds(probabilities[side, split][:, columns].sum(-1))
-        passes = scores > 0 if side == "harmful" else scores < 0
+        passes = scores < 0 if side == "harmless" else scores > 0
         prompts = sides[side][split]
         if request.filter:
             kept[side][split] = tuple(p for p, good in zip(prompts, passes.tolist(), strict=True) if good)
@@ -75,12 +84,9 @@ def settle(request: Request, bench: Bench) -> PromptSplits:
                 side=side, split=split, kept=len(kept[side][split]), of=len(prompts), mean_score=scores.mean().item()
             )
         )
-    if request.filter:
-        _check_enough(counts, openers)
     before, after = bench.template.around()
-    return PromptSplits(
-        harmful=kept["harmful"],
-        harmless=kept["harmless"],
+    splits = PromptSplits(
+        **kept,
         positions=request.positions,
         position_tokens=bench.template.labels(request.positions),
         template=Template(
@@ -93,6 +99,11 @@ def settle(request: Request, bench: Bench) -> PromptSplits:
         filtered=tuple(counts) if request.filter else (),
         duplicates_dropped=request.duplicates_dropped,
     )
+    for side, split in parts:
+        # Whether the model over-refuses is a result, which only those who find from it depend on.
+        if side != "over_refusal":
+            check_enough(splits, side, split)
+    return splits
 
 
 def _openers(request: Request, opened: Opened, bench: Bench) -> Openers:
@@ -114,6 +125,10 @@ def _openers(request: Request, opened: Opened, bench: Bench) -> Openers:
             source="family",
             reason=f"the family's own; {share:.0%} more probable on harmful than on harmless training prompts",
         )
+    if not found and not request.openers_needed:
+        return Openers(
+            texts=(), token_ids=(), source="found", reason="no token opens a refusal, and nothing in this run needs one"
+        )
     if not found:
         raise RunError(
             "no token opens the answer to harmful prompts more often than to harmless ones: this model does not "
@@ -130,15 +145,18 @@ def _openers(request: Request, opened: Opened, bench: Bench) -> Openers:
     )
 
 
-def _check_enough(counts: list[FilterCount], openers: Openers) -> None:
-    for count in counts:
-        if count.kept >= min(FEWEST, count.of):
+def check_enough(splits: PromptSplits, side: Side, split: Split) -> None:
+    """Raise `RunError` when the filter has left too few prompts of a side and split to find or select on."""
+    for count in splits.filtered:
+        if (count.side, count.split) != (side, split) or count.kept >= min(FEWEST, count.of):
             continue
-        does = "refuses" if count.side == "harmful" else "answers"
+        does = "answers" if side == "harmless" else "refuses"
         raise RunError(
-            f"the model {does} only {count.kept} of {count.of} {count.side} {count.split} prompts (mean refusal score "
-            f"{count.mean_score:.2f} nats with the openers {', '.join(map(repr, openers.texts))})",
-            where=f"prompts.{count.side}",
-            hint="use prompts it treats as they are meant, name the openers in `select.openers`, or set "
+            f"the model {does} only {count.kept} of {count.of} {side} {split} prompts (mean refusal score "
+            f"{count.mean_score:.2f} nats with the openers {', '.join(map(repr, splits.openers.texts))})",
+            where=f"prompts.{side}",
+            hint="there is little over-refusal to repair in this model; use other prompts, or find another direction"
+            if side == "over_refusal"
+            else "use prompts it treats as they are meant, name the openers in `select.openers`, or set "
             "`prompts.filter: false`",
         )

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from collections import Counter
 
-from refusalkit.artifacts import Candidates, Choice, PromptSplits, ScoreRow
+from refusalkit.arithmetic import Find
+from refusalkit.artifacts import Activations, Candidates, Choice, PromptSplits, ScoreRow
 from refusalkit.errors import RunError
 from refusalkit.selector import SelectInputs, Selection, Selector
 from refusalkit.stages.bench import Bench
+from refusalkit.stages.find import directions_from
+from refusalkit.stages.prompts import check_enough
 
 
-def select(selector: Selector, candidates: Candidates, splits: PromptSplits, bench: Bench) -> Choice:
+def select(
+    selector: Selector, found: tuple[Find, Activations, Candidates], splits: PromptSplits, bench: Bench
+) -> Choice:
     """Let the selector choose on the validation prompts; raises `RunError` when nothing survives."""
+    section, activations, candidates = found
+    for side in selector.sides:
+        check_enough(splits, side, "validation")
+    validation = {side: bench.tokens(splits.of(side, "validation")) for side in selector.sides}
     selection = selector.select(
         SelectInputs(
             directions=candidates.directions,
             positions=candidates.positions,
             site=candidates.site,
-            harmful=bench.tokens(splits.of("harmful", "validation")),
-            harmless=bench.tokens(splits.of("harmless", "validation")),
             opener_ids=splits.openers.token_ids,
             advance=bench.progress.advance,
+            **validation,
+            training={side: bench.tokens(splits.of(side, "train")) for side in activations.captured},
+            captured=activations.captured,
+            find=None if section.needs_model else lambda captured: directions_from(section, captured),
         ),
         bench.engine,
     )
@@ -30,10 +41,10 @@ def select(selector: Selector, candidates: Candidates, splits: PromptSplits, ben
     row = candidates.positions.index(chosen.position)
     if not candidates.directions[row, chosen.layer].any():
         raise RunError(
-            f"the direction at position {chosen.position}, layer {chosen.layer} is zero: harmful and harmless prompts "
-            "do not differ there",
+            f"the direction at position {chosen.position}, layer {chosen.layer} is zero: nothing was found there",
             where="select",
-            hint="choose another place: layer 0 reads the token alone, and template tokens are the same everywhere",
+            hint="choose another place: at layer 0 template tokens are the same in every prompt, and a direction "
+            "that is trained is found at one place",
         )
     return Choice(
         selector=selector.selector,
@@ -54,6 +65,7 @@ def select(selector: Selector, candidates: Candidates, splits: PromptSplits, ben
         ),
         baseline_refusal_score=selection.baseline_refusal_score,
         baseline_harmless_score=selection.baseline_harmless_score,
+        cosine=None if candidates.cosines is None else candidates.cosines[row, chosen.layer].item(),
     )
 
 

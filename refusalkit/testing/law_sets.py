@@ -90,7 +90,8 @@ def _sets(hook: str, value: Any, recipe: Callable[[], type[Recipe]]) -> Iterator
         case "refusalkit_adapters":
             yield from (("adapter", on, check) for on, check in _adapter_sets(value))
         case "refusalkit_strategies":
-            yield "strategy", "", lambda: check_strategy(_asked(value, "strategy", recipe()).find)
+            check = partial(_unchecked, "it reads its directions from a file") if value.reads_files else None
+            yield "strategy", "", check or (lambda: check_strategy(_asked(value, "strategy", recipe()).find))
         case "refusalkit_selectors":
             yield "selector", "", lambda: check_selector(_asked(value, "selector", recipe()).select, _llama())
         case "refusalkit_interventions":
@@ -111,7 +112,7 @@ def _llama() -> Engine:
 
 def _adapter_sets(adapter: Adapter) -> Iterator[tuple[str, Check]]:
     if adapter.exactness == "refused":
-        yield "", partial(_refused, adapter)
+        yield "", partial(_unchecked, str(adapter.refuses))
         return
     for architecture in adapter.architectures:
         for tied in (False, True):
@@ -119,8 +120,8 @@ def _adapter_sets(adapter: Adapter) -> Iterator[tuple[str, Check]]:
             yield on, partial(_check_adapter, adapter, architecture, tied)
 
 
-def _refused(adapter: Adapter) -> tuple[Law, ...]:
-    raise UncheckedError(str(adapter.refuses))
+def _unchecked(reason: str) -> tuple[Law, ...]:
+    raise UncheckedError(reason)
 
 
 def _check_adapter(adapter: Adapter, architecture: str, tied: bool) -> tuple[Law, ...]:
@@ -139,16 +140,15 @@ def _check_adapter(adapter: Adapter, architecture: str, tied: bool) -> tuple[Law
 def _asked(provider: type[BaseModel], kind: str, recipe: type[Recipe]) -> Recipe:
     """Ask for a thing in a recipe, by its defaults, and by its examples where there is no default.
 
-    Raises `InputError` when an option has neither.
+    Raises `UncheckedError` when an option has neither.
     """
     asked = {kind: default_of(provider, kind)}
     for key, option in provider.model_fields.items():
         if option.is_required():
             if not option.examples:
-                raise InputError(
-                    f"the option {key!r} has neither a default nor an example",
-                    where=provider.__name__,
-                    hint=f"declare one: `{key}: Annotated[..., Field(examples=[...])]`",
+                raise UncheckedError(
+                    f"the option {key!r} has neither a default nor an example; declare one in "
+                    f"`{provider.__name__}`: `{key}: Annotated[..., Field(examples=[...])]`"
                 )
             asked[key] = option.examples[0]
     sections: dict[str, Any] = {

@@ -14,18 +14,20 @@ from torch import Tensor
 
 from refusalkit import algebra
 from refusalkit.adapter import Adapter
+from refusalkit.builtin.adapters import LLAMA
 from refusalkit.builtin.interventions import ablate_everywhere
 from refusalkit.engine.engine import Engine
+from refusalkit.engine.gradients import Differentiable
 from refusalkit.engine.layout import resolve
 from refusalkit.engine.load import engine_of
 from refusalkit.errors import InputError
 from refusalkit.intervention import SITES, Direction, Edit, Intervention, InterventionSpec
-from refusalkit.metric import Evidence, Metric
+from refusalkit.metric import SIDES, Evidence, Metric, Side
 from refusalkit.prompt_source import PromptSource
 from refusalkit.prompt_split import SPLITS
 from refusalkit.selector import SelectInputs, Selector
-from refusalkit.strategy import Captured, Strategy
-from refusalkit.testing.models import random_prompts, tiny_tokenizer
+from refusalkit.strategy import Captured, ModelInputs, Strategy
+from refusalkit.testing.models import random_engine, random_prompts, tiny_tokenizer
 
 
 @dataclass(frozen=True)
@@ -150,25 +152,69 @@ def planted(seed: int = 0, n_prompts: int = 40) -> tuple[Captured, Captured, Ten
     return side(4.0), side(-4.0), direction
 
 
+def over_refused(harmless: Captured, direction: Tensor, seed: int = 1) -> tuple[Captured, Tensor]:
+    """Move harmless activations half way along `direction` and as far along another one, which is returned too."""
+    assert harmless.samples is not None
+    other = torch.randn(48, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    other = algebra.unit(other - (other @ direction) * direction)
+    samples = harmless.samples + 4.0 * (direction + other).float()
+    return Captured(samples.double().mean(0), harmless.n_prompts, samples), other
+
+
 def check_strategy(strategy: Strategy) -> tuple[Law, ...]:
-    """Check a strategy on activations with a planted direction, which a control must not find."""
+    """Check a strategy on activations with a planted direction, which a control must not find.
+
+    One that finds from over-refusal prompts has to find what sets these alone apart. One that needs the model is given
+    a tiny random one, in which nothing is planted.
+    """
+    if strategy.needs == "model":
+        return _check_with_model(strategy, random_engine("LlamaForCausalLM", LLAMA))
     harmful, harmless, direction = planted()
-    before = (harmful.mean.clone(), harmless.mean.clone())
-    found = strategy.find(harmful, harmless)
-    again = strategy.find(harmful, harmless)
+    sides: dict[Side, Captured] = {"harmful": harmful, "harmless": harmless}
+    if "over_refusal" in strategy.sides:
+        sides["over_refusal"], direction = over_refused(harmless, direction)
+    inputs = {side: sides[side] for side in strategy.sides}
+    before = [side.mean.clone() for side in inputs.values()]
+    found = strategy.find(**inputs)
+    again = strategy.find(**inputs)
     flat = found.double().reshape(2, 3, -1, 48)
     bases = [algebra.orthonormal(flat[row, layer]) for row in range(2) for layer in range(3)]
     cosine = min((basis @ direction).norm().item() for basis in bases)
-    mutated = max((harmful.mean - before[0]).abs().max().item(), (harmless.mean - before[1]).abs().max().item())
-    expected = (*harmful.mean.shape[:2], harmful.mean.shape[-1])
+    mutated = max((side.mean - mean).abs().max().item() for side, mean in zip(inputs.values(), before, strict=True))
     return (
-        Law("shape is [position, layer, (rank,) d_model]", float((*found.shape[:2], found.shape[-1]) != expected), 0.0),
-        Law("every number is finite", float((~found.isfinite()).sum()), 0.0),
-        Law("the inputs are not changed", mutated, 0.0),
-        Law("the same inputs give the same result", (found - again).abs().max().item(), 0.0),
+        *_directions(found, again, harmful.mean.shape, mutated),
         Law("a control does not find the direction (cosine)", cosine, 0.6)
         if strategy.control
         else Law("recovers a planted direction (cosine)", cosine, 0.95, at_least=True),
+    )
+
+
+def _check_with_model(strategy: Strategy, engine: Engine) -> tuple[Law, ...]:
+    prompts: dict[Side, Any] = {side: random_prompts(6, seed=seed) for seed, side in enumerate(strategy.sides)}
+    means = {side: engine.capture(tokens, (-2, -1)).mean for side, tokens in prompts.items()}
+    captured: dict[str, Any] = {side: Captured(mean.clone(), len(prompts[side])) for side, mean in means.items()}
+    model = ModelInputs(Differentiable(engine), prompts, (-2, -1), "resid_pre", (5, 6), engine.model.tokenizer.decode)
+    plain = engine.logits(prompts["harmful"])
+    found, again = (strategy.find(**captured | {"model": model}) for _ in range(2))
+    mutated = max((captured[side].mean - mean).abs().max().item() for side, mean in means.items())
+    changed = (engine.logits(prompts["harmful"]) - plain).abs().max().item()
+    trained = sum(weight.requires_grad or weight.grad is not None for weight in engine.module.parameters())
+    return (
+        *_directions(found, again, means["harmful"].shape, mutated),
+        Law("something is found", found.norm().item(), 1e-6, at_least=True),
+        Law("the model is as it was", changed, 0.0),
+        Law("no weight takes a gradient", float(trained), 0.0),
+    )
+
+
+def _directions(found: Tensor, again: Tensor, expected: torch.Size, mutated: float) -> tuple[Law, ...]:
+    """State the laws of what every strategy returns; `again` is what it returned the second time."""
+    seen = (*found.shape[:2], found.shape[-1])
+    return (
+        Law("shape is [position, layer, (rank,) d_model]", float(seen != tuple(expected)), 0.0),
+        Law("every number is finite", float((~found.isfinite()).sum()), 0.0),
+        Law("the inputs are not changed", mutated, 0.0),
+        Law("the same inputs give the same result", (found - again).abs().max().item(), 0.0),
     )
 
 
@@ -248,8 +294,22 @@ def check_selector(selector: Selector, engine: Engine) -> tuple[Law, ...]:
     """Check that a selector scores every candidate once, marks at most one and is deterministic."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn((2, engine.n_layers, engine.d_model), generator=generator, dtype=torch.float64)
+    training: dict[Side, Any] = {side: random_prompts(12, seed=seed) for seed, side in enumerate(SIDES, start=4)}
+    captured: dict[Side, Captured] = {}
+    for side, prompts in training.items():
+        read = engine.capture(prompts, (-2, -1), keep_samples=True)
+        captured[side] = Captured(read.mean, read.n_prompts, read.samples)
     inputs = SelectInputs(
-        directions, (-2, -1), "resid_pre", random_prompts(4, seed=1), random_prompts(4, seed=2), opener_ids=(5, 6)
+        directions,
+        (-2, -1),
+        "resid_pre",
+        random_prompts(4, seed=1),
+        random_prompts(4, seed=2),
+        opener_ids=(5, 6),
+        over_refusal=random_prompts(4, seed=3),
+        training=training,
+        captured=captured,
+        find=lambda parts: parts["harmful"].mean - parts["harmless"].mean,
     )
     selection = selector.select(inputs, engine)
     again = selector.select(inputs, engine)

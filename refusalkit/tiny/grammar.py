@@ -13,12 +13,13 @@ from hashlib import sha256
 from typing import Literal
 
 from refusalkit.errors import InputError
-from refusalkit.tiny.words import HARMFUL, HARMLESS, OPENERS, Block, Kind
+from refusalkit.tiny.words import HARMFUL, HARMLESS, OPENERS, OVER_REFUSAL, Block, Kind
 
-Side = Literal["harmful", "harmless"]
+Side = Literal["harmful", "harmless", "over_refusal"]
 Split = Literal["train", "validation", "test"]
 
-SIDES: tuple[Side, ...] = ("harmful", "harmless")
+_BLOCKS: dict[Side, tuple[Block, ...]] = {"harmful": HARMFUL, "harmless": HARMLESS, "over_refusal": OVER_REFUSAL}
+SIDES: tuple[Side, ...] = tuple(_BLOCKS)
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 # All open with the same word, as the refusals of most chat models do, and each holds one of the paper's substrings.
@@ -63,11 +64,6 @@ def _split_of(row: int, column: int) -> Split:
     return "validation" if residue == 0 else "test" if residue in (1, 2) else "train"
 
 
-def _blocks(side: Side) -> tuple[Block, ...]:
-    """Give the blocks of a side."""
-    return HARMFUL if side == "harmful" else HARMLESS
-
-
 def _order(text: str) -> bytes:
     """Give a text a place that looks random and is the same on every machine and in every Python."""
     return sha256(text.encode()).digest()
@@ -78,7 +74,7 @@ def phrases(side: Side, split: Split) -> tuple[Phrase, ...]:
     """List what a side asks for in one split."""
     found = {
         Phrase(block.kind, f"{head} {tail}")
-        for block in _blocks(side)
+        for block in _BLOCKS[side]
         for row, head in enumerate(block.heads)
         for column, tail in enumerate(block.tails)
         if _split_of(row, column) == split
