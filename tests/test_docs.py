@@ -2,7 +2,7 @@
 
 The convention: commands after `$ ` in a `console` block run, in order, in a folder of their own a page; commands in a
 `bash` block are only checked against the command line, because they install, download or need a GPU. A block with
-`title="NAME"` is a file of that name. A `yaml` block is a recipe, or a part of one.
+`title="NAME"` is a file of that name. A `yaml` block is a recipe, or a part of one, or thresholds of an audit.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import typer
 import yaml
 
 from refusalkit import adapter, hookspecs, intervention, metric, prompt_source, reference, selector, strategy
+from refusalkit.audit.thresholds import Thresholds
 from refusalkit.cli import app
 from refusalkit.pipeline import execute
 from refusalkit.plan import make_plan, read_pools
@@ -250,7 +251,9 @@ def _parse(group: Any, arguments: list[str]) -> None:
 @pytest.mark.parametrize("page", [page for page in _with("yaml") if page != PLUGIN_PAGE], ids=_name)
 def test_every_recipe_that_is_shown_validates(page: Path, registry: Registry) -> None:
     for block in _blocks(page):
-        if block.language == "yaml":
+        if block.title == "thresholds.yaml":
+            Thresholds.model_validate(yaml.safe_load(block.text))
+        elif block.language == "yaml":
             _recipe(yaml.safe_load(block.text), registry)
 
 

@@ -39,10 +39,10 @@ class Stored:
         return f"find.path: {self.path}"
 
     @property
-    def place(self) -> tuple[int, int] | None:
-        """The position and layer of a run's `direction.safetensors`."""
-        said = self.metadata.get("position"), self.metadata.get("layer")
-        return None if said[0] is None or said[1] is None else (int(said[0]), int(said[1]))
+    def place(self) -> tuple[int | None, int] | None:
+        """The position and layer of a `direction.safetensors`; one that `convert` made may have no position."""
+        position, layer = self.metadata.get("position"), self.metadata.get("layer")
+        return None if layer is None else (None if position is None else int(position), int(layer))
 
     @property
     def rank(self) -> tuple[int, ...]:
@@ -188,7 +188,8 @@ def _places(stored: Stored, setting: Setting) -> tuple[tuple[int, ...], tuple[in
     """Return the positions and the layers that the tensor has directions for."""
     last, every = setting.positions[-1:], tuple(range(setting.n_layers))
     if stored.place is not None:
-        return stored.place[:1], stored.place[1:]
+        position, layer = stored.place
+        return last if position is None else (position,), (layer,)
     shape = list(stored.shape)
     if len(shape) == 1:
         return last, every
