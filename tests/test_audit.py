@@ -135,7 +135,7 @@ def test_a_threshold_is_kept_at_the_number_itself_and_not_beyond(found: Findings
     value = {check.key: check.value for check in compare(found, Thresholds(min_margin_nats=0))}[key]
     beyond = 1e-6 if key.startswith("min_") else -1e-6
     for bound, kept in ((value, True), (value - beyond, True), (value + beyond, False)):
-        thresholds = Thresholds.model_construct(**{**dict.fromkeys(Thresholds.model_fields), key: bound})
+        thresholds = Thresholds.model_construct(**{key: bound})
         checks = compare(found, thresholds)
         assert [check.passed for check in checks if check.key == key] == [kept]
         assert {check.passed for check in checks if check.key != key} == {None}
@@ -269,6 +269,11 @@ def test_a_model_that_is_not_there_is_bad_input(tmp_path: Path, command: Command
     assert (done.returncode, done.stdout) == (2, "")
     assert "no such embedded model" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_selector_that_does_not_measure_effects_is_refused(registry: Registry) -> None:
+    with pytest.raises(InputError, match="'cosmic' does not measure"):
+        plan_audit("tiny:llama", ["select=cosmic"], registry)
 
 
 @needs_shared

@@ -13,6 +13,8 @@ from refusalkit.audit.findings import gather
 from refusalkit.audit.outcome import Outcome, document
 from refusalkit.audit.page import render_audit
 from refusalkit.audit.thresholds import Thresholds
+from refusalkit.builtin.selectors import Causal
+from refusalkit.errors import InputError
 from refusalkit.metric import SIDES
 from refusalkit.pipeline import execute
 from refusalkit.plan import Plan, make_plan
@@ -33,7 +35,14 @@ def plan_audit(model: str, settings: Sequence[str], registry: Registry) -> Plan:
     own = [f"name=audit-{_short(model)}", f"model.id={json.dumps(model)}"]
     if model.startswith("tiny:"):
         own += [f"prompts.{side}=tiny:{side}" for side in SIDES]
-    return make_plan(load_recipe(path, registry, [*own, *settings]), Path(), registry)
+    recipe = load_recipe(path, registry, [*own, *settings])
+    if not isinstance(recipe.select, Causal):
+        raise InputError(
+            f"an audit needs the effect of every direction, which {recipe.select.selector!r} does not measure",
+            where="select.selector",
+            hint="leave it out",
+        )
+    return make_plan(recipe, Path(), registry)
 
 
 def _short(model: str) -> str:

@@ -6,8 +6,9 @@ import importlib.resources
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from refusalkit.errors import InputError
 from refusalkit.recipe import Section
 from refusalkit.recipe_file import Words, checked, read_source
 from refusalkit.registry import Registry
@@ -31,12 +32,6 @@ class Thresholds(Section):
     max_over_refusal_rate: Share | None = None
     """Largest share of harmless requests that look harmful which the model may refuse, from 0 to 1."""
 
-    @model_validator(mode="after")
-    def _checks_something(self) -> Thresholds:
-        if all(bound is None for _, bound in self):
-            raise ValueError("sets no threshold, so that every model would pass")
-        return self
-
 
 def default_file() -> Path:
     """Return the file of the default thresholds, which explains each."""
@@ -45,4 +40,7 @@ def default_file() -> Path:
 
 def read_thresholds(path: Path, registry: Registry) -> Thresholds:
     """Read a file of thresholds; raises `InputError` with file, line, key, what was seen and one hint."""
-    return checked(read_source(path, WORDS), Thresholds, registry)
+    found = checked(read_source(path, WORDS), Thresholds, registry)
+    if all(bound is None for _, bound in found):
+        raise InputError("sets no threshold, so that every model would pass", where=str(path), hint=WORDS.start)
+    return found
