@@ -149,11 +149,14 @@ def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
         case Openings():
             return opened([engine.logits(group) for group in request.groups], request.token_ids, request.most)
         case Readings(prompts, interventions, token_ids, keep_logits):
-            plain = engine.logits(prompts)
+            plain = whole = engine.logits(prompts)
+            gated = [each for each in interventions if each.gate is not None]
+            if gated:
+                # A gate shares no front between prompts: beside an equal pass, those it turns away keep every bit.
+                whole = engine.logits(prompts, replace(gated[0], edits=()))
             read = []
             for each in interventions:
-                # A gate shares no front between prompts: beside an equal pass, those it turns away keep every bit.
-                reference = plain if each.gate is None else engine.logits(prompts, replace(each, edits=()))
+                reference = plain if each.gate is None else whole
                 logits = engine.logits(prompts, each) if each.edits else reference
                 read.append(reading(logits, reference, token_ids, keep_logits))
             return read
