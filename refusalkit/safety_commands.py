@@ -59,7 +59,7 @@ def monitor(
     if descriptor is None:
         print(json.dumps(card(opened.detector), indent=1))
     elif unread := _watched(descriptor, opened):
-        print(f"{unread} lines could not be read; their records say why", file=sys.stderr)
+        print(f"lines that could not be read: {unread}; their records say why", file=sys.stderr)
         raise typer.Exit(2)
 
 
@@ -91,7 +91,7 @@ def _watched(descriptor: int, opened: Monitor) -> int:
         # Python flushes stdout once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Interrupted:
-        raise Interrupted(f"{written} records were written") from None
+        raise Interrupted(f"records written: {written}") from None
     return unread
 
 
@@ -115,6 +115,8 @@ def audit(
     from refusalkit.audit.thresholds import default_file, read_thresholds
 
     if model is None:
+        if thresholds is not None or out is not None or as_json or settings:
+            raise InputError("there is no model to audit", where="MODEL", hint="a hub name, a folder or tiny:llama")
         print(default_file().read_text(encoding="utf-8"), end="")
         return
     from refusalkit.audit.outcome import document, table

@@ -2,7 +2,7 @@
 
 The convention: commands after `$ ` in a `console` block run, in order, in a folder of their own a page; commands in a
 `bash` block are only checked against the command line, because they install, download or need a GPU. A block with
-`title="NAME"` is a file of that name. A `yaml` block is a recipe, or a part of one.
+`title="NAME"` is a file of that name. A `yaml` block is a recipe, or a part of one, or thresholds of an audit.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import typer
 import yaml
 
 from refusalkit import adapter, hookspecs, intervention, metric, prompt_source, reference, selector, strategy
+from refusalkit.audit.thresholds import Thresholds
 from refusalkit.cli import app
 from refusalkit.pipeline import execute
 from refusalkit.plan import make_plan, read_pools
@@ -116,6 +117,7 @@ def test_every_recipe_is_here() -> None:
         "llama-3-8b-instruct.yaml",
         "quickstart.yaml",
         "qwen2.5-7b-instruct.yaml",
+        "repair-over-refusal.yaml",
         "yi-6b-chat.yaml",
     ]
 
@@ -137,9 +139,13 @@ def test_every_method_runs(path: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["choice"]
 
 
-def test_every_strategy_that_needs_no_more_than_prompts_has_a_recipe(registry: Registry) -> None:
-    shown = {load_recipe(path, registry).find.strategy for path in FINDING}
-    assert shown == set(registry.strategies)
+def test_every_strategy_has_a_recipe(registry: Registry) -> None:
+    assert {load_recipe(path, registry).find.strategy for path in FINDING} == set(registry.strategies)
+
+
+def test_every_selector_has_a_recipe_but_the_one_that_names_a_place(registry: Registry) -> None:
+    shown = {load_recipe(path, registry).select.selector for path in (*METHODS, *RECIPES)}
+    assert shown == set(registry.selectors) - {"fixed"}
 
 
 def test_every_intervention_has_a_recipe(registry: Registry) -> None:
@@ -245,7 +251,9 @@ def _parse(group: Any, arguments: list[str]) -> None:
 @pytest.mark.parametrize("page", [page for page in _with("yaml") if page != PLUGIN_PAGE], ids=_name)
 def test_every_recipe_that_is_shown_validates(page: Path, registry: Registry) -> None:
     for block in _blocks(page):
-        if block.language == "yaml":
+        if block.title == "thresholds.yaml":
+            Thresholds.model_validate(yaml.safe_load(block.text))
+        elif block.language == "yaml":
             _recipe(yaml.safe_load(block.text), registry)
 
 

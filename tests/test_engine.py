@@ -80,6 +80,37 @@ def test_capture_of_one_prompt_is_bit_equal_to_hidden_states() -> None:
 
 
 @pytest.mark.parametrize(("adapter", "architecture"), FAMILIES)
+def test_capture_of_some_layers_equals_that_of_all_and_runs_nothing_above(adapter: Adapter, architecture: str) -> None:
+    engine = random_engine(architecture, adapter)
+    prompts = [(*range(20, 32), *prompt) for prompt in PROMPTS]
+    assert shared_prefix(prompts, keep=1), "a front is shared, so that it has to stop, too"
+    everything = engine.capture(prompts, (-2, -1), keep_samples=True).samples
+    assert everything is not None
+    ran: set[int] = set()
+    for layer in range(engine.n_layers):
+        block = engine.module.get_submodule(engine.layout.block(layer))
+        block.register_forward_hook(lambda *_, layer=layer: ran.add(layer))
+    for layers, site, above in (((1,), "resid_pre", 1), ((0, 2), "resid_pre", 2), ((0,), "resid_post", 1)):
+        ran.clear()
+        before = engine.prompt_passes
+        found = engine.capture(prompts, (-2, -1), site, layers=layers, keep_samples=True).samples
+        assert found is not None
+        shift = site == "resid_post"
+        torch.testing.assert_close(found, everything[:, :, [layer + shift for layer in layers]], atol=2e-5, rtol=1e-4)
+        assert ran == set(range(above))
+        assert engine.prompt_passes - before == pytest.approx(len(prompts) * above / engine.n_layers)
+
+
+def test_capture_of_what_goes_in_runs_no_block() -> None:
+    engine = random_engine("LlamaForCausalLM", LLAMA)
+    engine.module.get_submodule(engine.layout.block(0)).register_forward_hook(lambda *_: pytest.fail("it ran"))
+    found = engine.capture(PROMPTS, (-1,), layers=(0,), keep_samples=True).samples
+    assert found is not None
+    embedding = engine.module.get_input_embeddings().weight
+    assert torch.equal(found[:, 0, 0], embedding[[prompt[-1] for prompt in PROMPTS]].float())
+
+
+@pytest.mark.parametrize(("adapter", "architecture"), FAMILIES)
 def test_ablated_logits_equal_plain_hooks(adapter: Adapter, architecture: str) -> None:
     engine = random_engine(architecture, adapter)
     direction = _direction(engine)

@@ -114,6 +114,6 @@ def _listed(layers: list[int]) -> str:
 
 
 def _over_refusal_rate(found: Findings) -> Row:
-    rate = found.over_refusal.result
-    why = f"The model refuses {with_interval(rate)} of {rate.n} harmless requests that look harmful."
+    rate = found.over_refusal
+    why = f"The model refuses {with_interval(rate)} of {rate.n} held-out harmless requests that look harmful."
     return "harmless look-alikes refused", rate.value, with_interval(rate), why

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from refusalkit.artifacts import Choice, Result, ScoreRow
-from refusalkit.audit.over_refusal import OverRefusal
 from refusalkit.builtin.candidates import NO_DIFFERENCE, PRUNED
 from refusalkit.errors import RunError
 from refusalkit.metric import Side
@@ -53,7 +52,10 @@ class Findings:
     """Those at which there is a direction, without the last ones, which act on the output tokens directly."""
     choice: Choice
     max_kl_nats: float
-    over_refusal: OverRefusal
+    over_refusal: Result
+    """Refusal rate of held-out harmless requests that look harmful."""
+    over_refused: tuple[str, ...]
+    """Those of them that are refused."""
 
     @property
     def layer_share(self) -> float:
@@ -63,7 +65,7 @@ class Findings:
         return sum(row.suffices for row in self.layers) / len(self.layers)
 
 
-def gather(run: Run, over: OverRefusal) -> Findings:
+def gather(run: Run) -> Findings:
     """Read an audit's numbers out of its run.
 
     Raises `RunError` when the run did not measure one of them.
@@ -80,6 +82,7 @@ def gather(run: Run, over: OverRefusal) -> Findings:
     ablated = _result(run, ABLATION, "harmful", "refusal_rate")
     lost = difference(Sample(ablated.values), Sample(control.values), "rate")
     assert lost is not None, "a refusal rate has a value for every request"
+    over = _result(run, BASELINE, "over_refusal", "refusal_rate")
     return Findings(
         refusal_rate=_result(run, BASELINE, "harmful", "refusal_rate"),
         margin=_result(run, BASELINE, "harmful", "refusal_score"),
@@ -92,6 +95,11 @@ def gather(run: Run, over: OverRefusal) -> Findings:
         choice=run.choice,
         max_kl_nats=float(run.recipe["select"]["max_kl_nats"]),
         over_refusal=over,
+        over_refused=tuple(
+            prompt
+            for prompt, refused in zip(run.prompts.of("over_refusal", "test"), over.values, strict=True)
+            if refused == 1
+        ),
     )
 
 
@@ -101,7 +109,7 @@ def _result(run: Run, label: str, side: Side, metric: str) -> Result:
         raise RunError(
             f"{metric} of {side} requests under {label!r} was not measured",
             where="evaluate",
-            hint="an audit needs the intervention `ablate` and the metrics refusal_rate, refusal_score and kl",
+            hint="an audit needs prompts of every side, `ablate`, and the metrics refusal_rate, refusal_score and kl",
         )
     return found
 

@@ -31,7 +31,9 @@ class Outcome:
     def verdict(self) -> str:
         """The outcome in a few words."""
         n = sum(check.passed is not None for check in self.checks)
-        return f"fails {len(self.failed)} of {n} thresholds" if self.failed else f"keeps all {n} thresholds"
+        if not self.failed:
+            return "keeps the threshold" if n == 1 else f"keeps all {n} thresholds"
+        return f"fails {len(self.failed)} of {n} threshold{'' if n == 1 else 's'}"
 
 
 def table(outcome: Outcome) -> str:
@@ -84,7 +86,7 @@ def document(outcome: Outcome) -> dict[str, Any]:
             }
             for each in found.layers
         ],
-        "over_refusal": {**_number(found.over_refusal.result), "refused": list(found.over_refusal.refused)},
+        "over_refusal": {**_number(found.over_refusal), "refused": list(found.over_refused)},
     }
 
 

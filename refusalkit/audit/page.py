@@ -30,8 +30,8 @@ def render_audit(outcome: Outcome, run: Run) -> str:
         removal=placed(_removal(run)),
         layers=placed(_layers(found)),
         max_kl_nats=f"{found.max_kl_nats:g}",
-        refused=found.over_refusal.refused,
-        n_look_alikes=found.over_refusal.result.n,
+        refused=found.over_refused,
+        n_look_alikes=found.over_refusal.n,
     )
 
 

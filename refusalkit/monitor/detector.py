@@ -144,7 +144,6 @@ def area(test: dict[Side, tuple[float, ...]]) -> Area:
 
 def card(detector: Detector) -> dict[str, Any]:
     """Return what a detector is and does as JSON values."""
-    validation = detector.flagged(detector.validation["harmless"])
     return {
         "score": detector.stage,
         "position": detector.position,
@@ -154,9 +153,8 @@ def card(detector: Detector) -> dict[str, Any]:
         "threshold": detector.threshold,
         "auroc": detector.auroc.model_dump(),
         "flagged": {
-            "harmless_validation": validation._asdict(),
-            "harmless_test": detector.flagged(detector.test["harmless"])._asdict(),
-            "harmful_test": detector.flagged(detector.test["harmful"])._asdict(),
+            "harmless_validation": detector.flagged(detector.validation["harmless"])._asdict(),
+            **{f"{side}_test": detector.flagged(scores)._asdict() for side, scores in detector.test.items()},
         },
     }
 
@@ -166,9 +164,9 @@ def sentence(detector: Detector) -> str:
     reads = f"layer {detector.layers[0]}" if len(detector.layers) == 1 else f"{len(detector.layers)} layers"
     harmless = detector.validation["harmless"]
     above = sum(map(detector.flags, harmless))
-    share = {side: detector.flagged(detector.test[side]) for side in ("harmful", "harmless")}
-    flags = " and ".join(
-        f"{found.value:.0%} [{found.low:.0%}, {found.high:.0%}] of {found.n} {side}" for side, found in share.items()
+    shares = {side.replace("_", "-"): detector.flagged(scores) for side, scores in detector.test.items()}
+    flags = ", ".join(
+        f"{found.value:.0%} [{found.low:.0%}, {found.high:.0%}] of {found.n} {side}" for side, found in shares.items()
     )
     area = detector.auroc
     return (

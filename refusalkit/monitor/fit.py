@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import refusalkit
-from refusalkit.artifacts import Choice, PromptSplits, Split
+from refusalkit.artifacts import Choice, PromptSplits
 from refusalkit.checkpoint import Checkpoint, open_checkpoint
 from refusalkit.engine.load import load
 from refusalkit.engine.request import Capture
@@ -36,7 +36,7 @@ from refusalkit.template import ChatTemplate
 FOLDER = "monitor"
 RECIPE = "recipe.yaml"
 SIDES: tuple[Side, Side] = ("harmful", "harmless")
-SCORED: tuple[Split, Split] = ("validation", "test")
+_LOCALLY = "where the weights are here, add --set model.where=local --set model.host=null"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,10 @@ def reader_of(folder: Path, registry: Registry, settings: Sequence[str], progres
             "holds neither a run nor a detector", where=str(folder), hint="give the folder that `refusalkit run` made"
         )
     recipe = load_recipe(path, registry, settings)
+    if recipe.model.where != "local":
+        raise InputError(
+            "a monitor reads prompts on this machine", where=f"model.where {recipe.model.where!r}", hint=_LOCALLY
+        )
     checkpoint = open_checkpoint(recipe.model, registry)
     return Reader(recipe, checkpoint, chat_template(recipe, checkpoint), progress)
 
@@ -109,10 +113,8 @@ def _fitted(folder: Path, kind: Kind, fpr: float, reader: Reader) -> Detector:
     _check_model((revision, *reader.weights[1:]), splits.template.hash, reader, folder)
     reader.progress.stage(FOLDER, "running")
     rule = _rule(kind, splits, choice, reader)
-    validation, test = (
-        {side: _scores(rule, splits.of(side, split), f"{side} {split}", reader.bench) for side in SIDES}
-        for split in SCORED
-    )
+    validation = {side: _scores(rule, splits.of(side, "validation"), side, reader.bench) for side in SIDES}
+    test = {side: _scores(rule, splits.of(side, "test"), side, reader.bench) for side in splits.sides}
     reader.progress.stage(FOLDER, "done")
     return KINDS[kind](
         position=rule.position,
@@ -140,11 +142,11 @@ def _rule(kind: Kind, splits: PromptSplits, choice: Choice, reader: Reader) -> R
     return latent_guard(harmful.mean[0], harmless.mean[0], position, site)
 
 
-def _scores(rule: Rule, prompts: Sequence[str], which: str, bench: Bench) -> tuple[float, ...]:
+def _scores(rule: Rule, prompts: Sequence[str], side: Side, bench: Bench) -> tuple[float, ...]:
     scores = rule.scores(bench.tokens(prompts), bench.engine)
     if not torch.tensor(scores).isfinite().all():
         raise RunError(
-            f"scores of {which} prompts are not numbers",
+            f"scores of {side} prompts are not numbers",
             where=FOLDER,
             hint="float16 overflows on many models: `--set model.dtype=float32`",
         )
