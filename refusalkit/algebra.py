@@ -154,7 +154,7 @@ def refusal_score(logits: Tensor, token_ids: Tensor) -> Tensor:
     `log(P + eps) - log(1 - P + eps)` with P the total probability of `token_ids` (Arditi et al. 2024, section 3.2).
     Computed in float64.
     """
-    return log_odds(logits.double().softmax(-1)[:, token_ids.to(logits.device)].sum(-1))
+    return log_odds(logits.double().softmax(-1)[:, token_ids.long().to(logits.device)].sum(-1))
 
 
 def log_odds(probability: Tensor) -> Tensor:

@@ -161,11 +161,13 @@ class InterventionSpec(BaseModel, ABC):
     @property
     def label(self) -> str:
         """The name shown in tables: the intervention's name and every option that is not at its default."""
-        fields = {name: field for name, field in type(self).model_fields.items() if name != "intervention"}
+        fields = type(self).model_fields
+        # What an intervention has of its own comes before where and when it acts.
+        names = sorted(type(self).model_fields, key=lambda name: name in ActivationSpec.model_fields)
         shown = ", ".join(
             f"{name}={_shown(getattr(self, name))}"
-            for name, field in fields.items()
-            if getattr(self, name) != field.default
+            for name in names
+            if name != "intervention" and getattr(self, name) != fields[name].default
         )
         return f"{self.intervention}({shown})" if shown else self.intervention
 

@@ -101,8 +101,8 @@ class Runner:
         self.origins[stage] = origin
         self.seconds[stage] = round(time.monotonic() - since, 2) if made else 0.0
         self.passes[stage] = round(self._counted() - before, 1)
-        if self._remote is not None:
-            self.jobs[stage] = self._remote.jobs.close()
+        if self._remote is not None and (asked := self._remote.jobs.close())["jobs"]:
+            self.jobs[stage] = asked
         _write_environment(self, self.store.folder)
         if made:
             self.progress.stage(stage, "done")

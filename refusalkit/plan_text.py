@@ -126,7 +126,8 @@ def _passes(plan: Plan) -> list[str]:
     selecting = f"at most {plan.n_candidates * a_candidate}, most far fewer"
     acting = [spec for spec in plan.recipe.evaluate.interventions if spec.uses_direction]
     controls = sum(not spec.on_weights for spec in acting) * plan.recipe.evaluate.controls
-    cases = 1 + len(acting) + controls
+    # What a gate does is compared with a pass of its own.
+    cases = 1 + len(acting) + controls + any(spec.gated for spec in acting)
     return [
         f"prompts {read + sum(validation.values())} passes of one prompt, capture at most {captured}",
         f"select {selecting if plan.recipe.select.runs_model else 'none'}",

@@ -26,6 +26,7 @@ from pydantic.fields import FieldInfo
 
 from refusalkit import hookspecs, testing
 from refusalkit.adapter import Adapter, Family, Gain, Matrix, Refusal, Write
+from refusalkit.arithmetic import OPERATIONS
 from refusalkit.cli import app
 from refusalkit.interchange.content import Trait
 from refusalkit.interchange.formats import FORMATS
@@ -35,7 +36,7 @@ from refusalkit.prompt_source import PromptSource
 from refusalkit.recipe import PromptFiles, recipe_type
 from refusalkit.registry import Registry, load_registry
 from refusalkit.selector import Attribution, Measure, Score, SelectInputs, Selection, Selector, Subject
-from refusalkit.strategy import Captured, DifferentiableSubject, ModelInputs, Strategy
+from refusalkit.strategy import Captured, DifferentiableSubject, ModelInputs, Setting, Strategy
 
 WIDTH = 80
 NOTICE = "<!-- Written by `python -m refusalkit.reference` from the help in the code. -->"
@@ -90,17 +91,30 @@ def recipe_page(registry: Registry) -> str:
 
 def _choices(name: str, registry: Registry) -> list[str]:
     """Describe every provider that may stand at `name`, with its options."""
-    providers: Mapping[str, type[BaseModel]] = getattr(registry, CHOICES[name])
     where = name if name in ("find", "select") else f"evaluate.{name}"
     bare = "A bare name stands for that choice with all its defaults."
-    lines = ["", f"## `{where}`", "", bare]
+    lines = ["", f"## `{where}`", "", bare, *_described(where, getattr(registry, CHOICES[name]))]
+    if name == "find":
+        lines += ["", "## `find.then`", "", *_wrapped(_THEN), *_described("find.then", OPERATIONS)]
+    return lines
+
+
+_THEN = (
+    "Beside its own options every strategy takes `then`: a list of what to do with its directions, first to last. "
+    "A bare name stands for an operation with all its defaults."
+)
+
+
+def _described(where: str, providers: Mapping[str, type[BaseModel]]) -> list[str]:
+    """Describe each of several providers under a heading of its own."""
+    lines: list[str] = []
     for choice, provider in providers.items():
         lines += ["", f"### `{where}`: `{choice}`", "", *_wrapped(_doc(provider))]
         helps = attribute_docs(provider)
         options = {
             key: field
             for key, field in provider.model_fields.items()
-            if not (field.default == choice and key != name) and key not in _shared(provider)
+            if field.default != choice and key not in _shared(provider)
         }
         keys = [line for key, field in options.items() for line in _key(key, field, helps.get(key))]
         if _shared(provider):
@@ -168,8 +182,8 @@ def _type(annotation: Any, metadata: typing.Sequence[Any] = (), key: str = "") -
         text = f"list of ({item})" if " or " in item else f"list of {item}"
     elif origin is dict:
         text = "keys and values"
-    elif isinstance(annotation, type) and issubclass(annotation, InterventionSpec):
-        text = "intervention"
+    elif isinstance(annotation, type) and issubclass(annotation, InterventionSpec | Strategy):
+        text = "strategy" if issubclass(annotation, Strategy) else "intervention"
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         text = "keys, see below"
     else:
@@ -245,7 +259,7 @@ def _parts(annotation: Any) -> list[type]:
 #: What each hook returns first, then what it is made of, given and asked for; and its laws.
 _BASES: dict[str, tuple[tuple[type, ...], Callable[..., Any]]] = {
     "adapters": ((Adapter, Write, Matrix, Gain, Refusal, Family), testing.check_adapter),
-    "strategies": ((Strategy, Captured, ModelInputs, DifferentiableSubject), testing.check_strategy),
+    "strategies": ((Strategy, Captured, ModelInputs, DifferentiableSubject, Setting), testing.check_strategy),
     "selectors": (
         (Selector, SelectInputs, Subject, Measure, Attribution, Selection, Score),
         testing.check_selector,

@@ -122,7 +122,8 @@ class Setting:
 class Strategy(BaseModel, ABC):
     """Provide a strategy: a frozen pydantic class whose fields are its YAML keys and whose docstring is its help.
 
-    Subclasses set the field `strategy` to their name: `strategy: Literal["pca"] = "pca"`.
+    Subclasses set the field `strategy` to their name: `strategy: Literal["pca"] = "pca"`. One that reads files or means
+    nothing on some models overrides `fitted`, which is given the `Setting` before any weight is loaded.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)

@@ -101,7 +101,8 @@ def test_validate_checks_every_recipe_it_is_given(recipe_file: Path, command: Co
     wrong.write_text(f"{SMALL}evalute: {{}}\n", encoding="utf-8")
     done = command("validate", "wrong.yaml", "small.yaml", cwd=recipe_file.parent)
     assert (done.returncode, done.stdout) == (2, "small.yaml: ok\n")
-    assert done.stderr == "error: wrong.yaml:12: evalute: unknown key 'evalute'\nhint: did you mean 'evaluate'?\n"
+    line = SMALL.count("\n") + 1
+    assert done.stderr == f"error: wrong.yaml:{line}: evalute: unknown key 'evalute'\nhint: did you mean 'evaluate'?\n"
 
 
 def test_schema_prints_the_schema(command: Command, registry: Registry) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
 from refusalkit import algebra
@@ -75,6 +76,18 @@ def test_leace_and_the_discriminant_read_the_same_direction() -> None:
     harmful, harmless = _skewed()
     directions = [kind().find(harmful, harmless)[0, 0] for kind in (Leace, Lda)]
     assert algebra.unit(directions[0]) @ algebra.unit(directions[1]) > 0.99
+
+
+@pytest.mark.parametrize("shrinkage", ["auto", 0.3, 1.0, 0.0])
+def test_the_discriminant_is_that_of_scikit_learn(shrinkage: Any) -> None:
+    harmful, harmless = (each.samples for each in _skewed(n=60))
+    assert harmful is not None
+    assert harmless is not None
+    x = torch.cat([harmful[:40], harmless])[:, 0, 0].double()
+    labels = torch.arange(len(x)) < 40
+    expected = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(x.numpy(), labels.numpy()).coef_[0]
+    found = Lda(shrinkage=shrinkage).fit(x[labels], x[~labels])
+    torch.testing.assert_close(found, torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize("strategy", [Som(rank=3, side=2, iterations=500), SvdSubspace(rank=3)], ids=repr)

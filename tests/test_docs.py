@@ -117,6 +117,7 @@ def test_every_recipe_is_here() -> None:
         "llama-3-8b-instruct.yaml",
         "quickstart.yaml",
         "qwen2.5-7b-instruct.yaml",
+        "repair-over-refusal.yaml",
         "yi-6b-chat.yaml",
     ]
 
@@ -138,9 +139,13 @@ def test_every_method_runs(path: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["choice"]
 
 
-def test_every_strategy_that_needs_no_more_than_prompts_has_a_recipe(registry: Registry) -> None:
-    shown = {load_recipe(path, registry).find.strategy for path in FINDING}
-    assert shown == set(registry.strategies)
+def test_every_strategy_has_a_recipe(registry: Registry) -> None:
+    assert {load_recipe(path, registry).find.strategy for path in FINDING} == set(registry.strategies)
+
+
+def test_every_selector_has_a_recipe_but_the_one_that_names_a_place(registry: Registry) -> None:
+    shown = {load_recipe(path, registry).select.selector for path in (*METHODS, *RECIPES)}
+    assert shown == set(registry.selectors) - {"fixed"}
 
 
 def test_every_intervention_has_a_recipe(registry: Registry) -> None:

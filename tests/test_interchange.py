@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from refusalkit import algebra
 from refusalkit.interchange.formats import FORMATS
+from refusalkit.pipeline import execute
+from refusalkit.plan import Plan
 from refusalkit.run_directory import read_run
 from tests.conftest import Command, one_hint
 from tests.interchange import TARGETS, convert, place, random, refused, vector, write_gguf
@@ -178,6 +181,19 @@ def test_what_is_read_can_be_read_by_a_recipe(direction: Path, tmp_path: Path) -
     with safe_open(direction, "pt") as ours, safe_open(tmp_path / "x.safetensors", "pt") as theirs:
         assert ours.metadata() == theirs.metadata()
         assert list(ours.keys()) == list(theirs.keys()) == ["direction"]
+
+
+def test_a_recipe_finds_a_foreign_direction_at_its_layer_and_there_alone(
+    tmp_path: Path, plan_of: Callable[..., Plan]
+) -> None:
+    row = random(128).float()
+    source = write_gguf(tmp_path / "x.gguf", {"direction.4": row.numpy()})
+    convert(source, tmp_path / "x.safetensors")
+    plan = plan_of('find={strategy: from_file, path: "x.safetensors"}', "capture.positions=[-2, -1]")
+    execute(plan, tmp_path / "run", until="find")
+    found = load_file(tmp_path / "run" / "candidates.safetensors")["directions"]
+    assert torch.equal(found[-1, 5], row.double())
+    assert found.count_nonzero() == row.count_nonzero()
 
 
 # What others read

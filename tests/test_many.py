@@ -19,6 +19,8 @@ from refusalkit.sharing import hold
 from refusalkit.worker import Ended, Task
 from tests.conftest import SMALL, Command, one_hint
 
+#: The line on which a key that is added to a recipe stands.
+AFTER = SMALL.count("\n") + 1
 #: No direction induces refusal by 99 nats.
 FAILING = SMALL.replace("name: small", "name: failing") + "select:\n  min_induced_score: 99\n"
 #: The least that makes a whole run.
@@ -79,7 +81,7 @@ def gone(processes: list[psutil.Process]) -> bool:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (["one.yaml", "wrong.yaml"], "error: wrong.yaml:12: evalute: unknown key 'evalute'"),
+        (["one.yaml", "wrong.yaml"], f"error: wrong.yaml:{AFTER}: evalute: unknown key 'evalute'"),
         (["one.yaml", "one.yaml"], "error: one.yaml: its results would go to runs/one, and those of one.yaml to"),
         (["one.yaml", "two.yaml", "--out", "x"], "error: --out: several recipes need several folders"),
         (["one.yaml", "two.yaml", "--set", "model.id=tiny:lama"], "error: two.yaml: model.id 'tiny:lama': no such"),
@@ -96,7 +98,7 @@ def test_one_bad_recipe_keeps_all_from_starting(recipes: Path, command: Command,
 def test_every_bad_recipe_is_named(recipes: Path, command: Command) -> None:
     done = command("run", "wrong.yaml", "nowhere.yaml", "one.yaml", cwd=recipes)
     assert [line.partition(": ")[2][:12] for line in done.stderr.splitlines() if line.startswith("error")] == [
-        "wrong.yaml:1",
+        f"wrong.yaml:{AFTER}"[:12],
         "nowhere.yaml",
     ]
 

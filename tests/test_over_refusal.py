@@ -137,8 +137,8 @@ def test_without_the_projection_repair_costs_the_true_refusals(registry: Registr
     settings = ["evaluate.max_new_tokens=4", "find.share=0", "select.max_lost=1", "prompts.test=32"]
     recipe = load_recipe(ROOT / "recipes" / "repair-over-refusal.yaml", registry, settings)
     execute(make_plan(recipe, ROOT / "recipes", registry), tmp_path / "run")
-    after = _rates(tmp_path / "run", "ablate")
+    before, after = (_rates(tmp_path / "run", label) for label in ("none", "ablate"))
     assert after["over_refusal"]["value"] < 0.1
-    assert after["harmful"]["value"] < 0.3
+    assert after["harmful"]["high"] < before["harmful"]["low"]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "lowers over-refusal, and true refusals with it" in page

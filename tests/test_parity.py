@@ -142,6 +142,46 @@ def test_directions_scores_survivors_and_choice_are_the_authors(model: Path, tmp
     assert (choice.position, choice.layer) == (survivors[0]["position"], survivors[0]["layer"])
 
 
+def _measured(folder: Path, model: Path, select: dict[str, Any], *settings: str) -> dict[str, Any]:
+    """Run a recipe on the reference model to its summary, with the threshold that leaves survivors."""
+    folder.mkdir()
+    registry = load_registry()
+    path = write_reference_recipe(folder, model, select)
+    wanted = ["evaluate.interventions=[ablate]", "evaluate.metrics=[refusal_rate]", "evaluate.controls=0", *settings]
+    execute(make_plan(load_recipe(path, registry, wanted), folder, registry), folder / "run", until="evaluate")
+    return dict(read_json(folder / "run" / "summary.json"))
+
+
+def _refusal(summary: dict[str, Any], intervention: str) -> float:
+    rows = [row for row in summary["evaluation"] if (row["intervention"], row["prompts"]) == (intervention, "harmful")]
+    return float(rows[0]["value"])
+
+
+@pytest.mark.slow
+def test_cosmic_bypasses_as_much_as_the_causal_choice_on_a_real_model(model: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    causal = _measured(tmp_path / "causal", model, {"max_kl_nats": 0.5, "screen": "gradient"})
+    cosmic = _measured(tmp_path / "cosmic", model, {"selector": "cosmic", "max_kl_nats": 0.5})
+    assert (causal["choice"]["position"], causal["choice"]["layer"]) == (-1, 23)
+    assert _refusal(cosmic, "ablate") <= _refusal(causal, "ablate") + 0.1
+    assert _refusal(cosmic, "ablate") < _refusal(cosmic, "none") - 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["pca", "logistic_probe", "lda", "leace"])
+def test_other_strategies_are_compared_with_the_difference_in_means_on_a_real_model(
+    strategy: str, model: Path, tmp_path: Path
+) -> None:
+    torch.set_num_threads(2)
+    # At the place of the causal choice, so that nothing differs but the direction.
+    place = {"selector": "fixed", "position": -1, "layer": 23}
+    found = _measured(tmp_path / strategy, model, place, f"find={strategy}")
+    choice = found["choice"]
+    assert 0.1 < choice["cosine_with_difference_in_means"] < 0.9999
+    assert None not in (choice["refusal_score"], choice["induced_score"], choice["kl_nats"])
+    assert _refusal(found, "ablate") <= _refusal(found, "none")
+
+
 @pytest.mark.slow
 def test_the_paper_threshold_fails_with_counts_and_the_nearest_miss(model: Path, tmp_path: Path) -> None:
     torch.set_num_threads(2)

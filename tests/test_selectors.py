@@ -28,6 +28,8 @@ from refusalkit.selector import SelectInputs, Tokens
 from refusalkit.store import Store
 from refusalkit.strategy import Captured
 
+from .conftest import ROOT
+
 PlanOf = Callable[..., Plan]
 
 
@@ -186,7 +188,10 @@ def test_separation_asks_for_as_many_prompts_as_its_folds_need(found: tuple[Engi
     [
         ({"selector": "cosmic", "max_kl_nats": 0}, "changes harmless prompts least, by a KL of 0"),
         ({"selector": "separation", "min_auroc": 1, "prune_last": 0.9}, "AUROC"),
-        ({"selector": "repair", "max_lost": 0, "max_kl_nats": 100}, "of the true refusals, more than 0%"),
+        (
+            {"selector": "repair", "max_kl_nats": 100},
+            "position -1, layer 5 loses .* of the true refusals, more than 5%",
+        ),
         ({"selector": "repair", "max_kl_nats": 0}, "keeps the KL on harmless prompts under 0 nats"),
     ],
     ids=str,
@@ -195,8 +200,10 @@ def test_where_nothing_survives_the_nearest_miss_is_named(
     selector: dict[str, Any], message: str, plan_of: PlanOf, tmp_path: Path
 ) -> None:
     settings = [f"select.{key}={value}" for key, value in selector.items()]
-    over = ["prompts.over_refusal=tiny:over_refusal", "prompts.validation=16", "find=false_refusal", "find.share=0"]
-    more = over if selector["selector"] == "repair" else []
+    # There is one candidate, and without it everything is answered.
+    one = ROOT / "recipes" / "methods" / "difference-in-means.safetensors"
+    over = ["prompts.over_refusal=tiny:over_refusal", "prompts.validation=16"]
+    more = [*over, "find.strategy=from_file", f"find.path={one}"] if selector["selector"] == "repair" else []
     with pytest.raises(RunError, match=message) as caught:
         execute(plan_of(*more, *settings), tmp_path / "run", until="select")
     assert "candidates survives" in str(caught.value)

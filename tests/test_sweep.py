@@ -91,24 +91,24 @@ def test_settings_reach_every_run_and_replace_lists(names: Load, recipe_file: Pa
 @pytest.mark.parametrize(
     ("swept", "settings", "where", "message"),
     [
-        ("find: [pca, pcb]", (), ":13: sweep.find.1: in the run pcb", "no strategy is called 'pcb'"),
-        ("find:\n    - {strategy: som, rnk: 2}", (), ":14: sweep.find.0.rnk: in the run som,rnk=2", "unknown key"),
-        ("prompts.sed: [0]", (), ":13: sweep.prompts.sed.0: in the run sed=0", "unknown key 'sed'"),
-        ("prompts.seed: [0, one]", (), ":13: sweep.prompts.seed.1: in the run one", "should be a whole number"),
-        ("fnd: [pca]", (), ":13: sweep.fnd.0: in the run pca", "unknown key 'fnd'"),
-        ("prompts.seed: 0", (), ":13: sweep.prompts.seed", "should be a list of values"),
-        ("prompts.seed: []", (), ":13: sweep.prompts.seed", "lists no value"),
-        ("prompts.seed: [0, 1, 0]", (), ":13: sweep.prompts.seed.2", "lists 0 twice"),
-        ("name: [a, b]", (), ":13: sweep.name", "cannot differ between the runs"),
-        ("prompts..seed: [0]", (), ":13: sweep.prompts..seed", "is no key of a recipe"),
-        ("name.x: [a]", (), ":13: sweep.name.x", "cannot differ between the runs"),
-        ("find: [pca, {strategy: pca}]", (), ":12: sweep", "the runs pca and pca-2 are the same"),
+        ("find: [pca, pcb]", (), "+1: sweep.find.1: in the run pcb", "no strategy is called 'pcb'"),
+        ("find:\n    - {strategy: som, rnk: 2}", (), "+2: sweep.find.0.rnk: in the run som,rnk=2", "unknown key"),
+        ("prompts.sed: [0]", (), "+1: sweep.prompts.sed.0: in the run sed=0", "unknown key 'sed'"),
+        ("prompts.seed: [0, one]", (), "+1: sweep.prompts.seed.1: in the run one", "should be a whole number"),
+        ("fnd: [pca]", (), "+1: sweep.fnd.0: in the run pca", "unknown key 'fnd'"),
+        ("prompts.seed: 0", (), "+1: sweep.prompts.seed", "should be a list of values"),
+        ("prompts.seed: []", (), "+1: sweep.prompts.seed", "lists no value"),
+        ("prompts.seed: [0, 1, 0]", (), "+1: sweep.prompts.seed.2", "lists 0 twice"),
+        ("name: [a, b]", (), "+1: sweep.name", "cannot differ between the runs"),
+        ("prompts..seed: [0]", (), "+1: sweep.prompts..seed", "is no key of a recipe"),
+        ("name.x: [a]", (), "+1: sweep.name.x", "cannot differ between the runs"),
+        ("find: [pca, {strategy: pca}]", (), "+0: sweep", "the runs pca and pca-2 are the same"),
         ("find: [pca]", ("find=lda",), "--set find=lda", "the recipe sweeps over find"),
         ("find: [pca]", ("find.pairing=pooled",), "--set find.pairing=pooled", "the recipe sweeps over find"),
         ("find: [pca]", ("sweep.find=pca",), "--set sweep.find=pca", "should be a list of values"),
         ("find: [pca]", ("sweep=3",), "--set sweep=3", "should be keys with lists"),
         ("find: [pca]", ("prompts.train=x",), "--set prompts.train=x", "should be a whole number"),
-        ("model.id.x: [1]", (), ":13: sweep.model.id.x.0", "model.id is not a section"),
+        ("model.id.x: [1]", (), "+1: sweep.model.id.x.0", "model.id is not a section"),
     ],
 )
 def test_a_mistake_names_the_run_the_line_and_the_key(
@@ -116,7 +116,10 @@ def test_a_mistake_names_the_run_the_line_and_the_key(
 ) -> None:
     with pytest.raises(InputError) as caught:
         names(f"{SMALL}sweep:\n  {swept}\n", *settings)
-    assert str(caught.value.where).removeprefix(str(recipe_file)) == where
+    # Lines count from the one on which `sweep:` stands.
+    line, colon, key = where.removeprefix("+").partition(":")
+    expected = where if where.startswith("--") else f"{recipe_file}:{SMALL.count(chr(10)) + 1 + int(line)}{colon}{key}"
+    assert caught.value.where == expected
     assert message in caught.value.message
     assert caught.value.hint
 

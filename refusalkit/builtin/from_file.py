@@ -39,10 +39,10 @@ class Stored:
         return f"find.path: {self.path}"
 
     @property
-    def place(self) -> tuple[int, int] | None:
-        """The position and layer of a run's `direction.safetensors`."""
-        said = self.metadata.get("position"), self.metadata.get("layer")
-        return None if said[0] is None or said[1] is None else (int(said[0]), int(said[1]))
+    def place(self) -> tuple[int | None, int] | None:
+        """The position and layer of a `direction.safetensors`; one that `convert` made may have no position."""
+        position, layer = self.metadata.get("position"), self.metadata.get("layer")
+        return None if layer is None else (None if position is None else int(position), int(layer))
 
     @property
     def rank(self) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ class FromFile(Strategy):
     A run's `candidates.safetensors` and `direction.safetensors` say in their metadata where their directions belong. Of
     another file, a tensor `[position, layer, d_model]` has a direction for every captured position, `[layer, d_model]`
     for the last one, and `[d_model]` for the last one in every layer. Layer l is the block whose input is read; rows
-    that were read behind the blocks belong to `capture.site: resid_post`.
+    that were read behind the blocks belong to `capture.site: resid_post`. `refusalkit convert` reads other formats.
     """
 
     strategy: Literal["from_file"] = "from_file"
@@ -115,7 +115,7 @@ def _look(path: Path, tensor: str | None) -> Stored:
         raise InputError(
             f"is not a safetensors file: {error}",
             where=where,
-            hint="write the directions with safetensors, or name a run's candidates.safetensors",
+            hint="`refusalkit convert` turns the files of other tools into a direction.safetensors",
         ) from None
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror or error}", where=where) from None
@@ -188,7 +188,8 @@ def _places(stored: Stored, setting: Setting) -> tuple[tuple[int, ...], tuple[in
     """Return the positions and the layers that the tensor has directions for."""
     last, every = setting.positions[-1:], tuple(range(setting.n_layers))
     if stored.place is not None:
-        return stored.place[:1], stored.place[1:]
+        position, layer = stored.place
+        return last if position is None else (position,), (layer,)
     shape = list(stored.shape)
     if len(shape) == 1:
         return last, every

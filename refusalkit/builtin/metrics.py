@@ -37,7 +37,10 @@ class RefusalRate(Metric):
 
 
 class RefusalScore(Metric):
-    """Take the log-odds that the first token of the answer opens a refusal (Arditi et al. 2024, section 3.2)."""
+    """Take the log-odds that the first token of the answer opens a refusal (Arditi et al. 2024, section 3.2).
+
+    Where no token is known to open one, there is no score.
+    """
 
     metric: Literal["refusal_score"] = "refusal_score"
     kind = "mean"
@@ -46,7 +49,8 @@ class RefusalScore(Metric):
 
     def measure(self, evidence: Evidence) -> Values:
         assert evidence.refusal_scores is not None
-        return Values(tuple(evidence.refusal_scores.tolist()))
+        known = bool(evidence.opener_ids)
+        return Values(tuple(score if known else float("nan") for score in evidence.refusal_scores.tolist()))
 
 
 class KL(Metric):

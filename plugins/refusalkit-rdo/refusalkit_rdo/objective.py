@@ -101,12 +101,13 @@ class Objective:
         ablations = [self.place.ablation(direction) for direction in directions]
         additions = [self.place.addition(self.length * algebra.unit(direction)) for direction in directions]
         weights, subject = self.settings, self.subject
-        terms = (
-            (weights.ablation_weight, subject.cross_entropy(harmful, answers, ablations)),
-            (weights.addition_weight, subject.cross_entropy(harmless, refusals, additions)),
-            (weights.retain_weight, subject.kl_nats(harmless, retained, ablations, weights.target_tokens)),
-        )
-        return torch.stack([weight * values.mean() for weight, values in terms]).sum()
+        total = weights.ablation_weight * subject.cross_entropy(harmful, answers, ablations).mean()
+        if weights.addition_weight:
+            total = total + weights.addition_weight * subject.cross_entropy(harmless, refusals, additions).mean()
+        if weights.retain_weight:
+            changed = subject.kl_nats(harmless, retained, ablations, weights.target_tokens)
+            total = total + weights.retain_weight * changed.mean()
+        return total
 
 
 def first_sentence(tokens: Tokens, text: Callable[[Tokens], str]) -> Tokens:
@@ -132,7 +133,7 @@ class Independence:
     def _states(self, ablated: Tensor | None) -> Tensor:
         """Return hidden states [prompt, layer, d_model] float64 of every harmful prompt."""
         intervention = None if ablated is None else self.objective.place.ablation(ablated)
-        found = self.objective.subject.states(self.objective.targets.harmful, intervention, self.objective.place.site)
+        found = self.objective.subject.states(self.objective.targets.harmful, intervention)
         return found[:, : self.n_layers].double()
 
     def loss(self, direction: Tensor, prompts: Sequence[int]) -> Tensor:
@@ -149,9 +150,7 @@ class Independence:
 
         place = self.objective.place
         harmful = [self.objective.targets.harmful[index] for index in chosen]
-        total = self.objective.subject.state_loss(
-            harmful, [place.ablation(direction)], seen_by_others, place.site
-        ).sum()
+        total = self.objective.subject.state_loss(harmful, [place.ablation(direction)], seen_by_others).sum()
         for ablated in self.ablated:
             change = _cosines(ablated[chosen], direction) - _cosines(self.plain[chosen], direction)
             total = total + change.square().mean()

@@ -41,7 +41,7 @@ class Trained(Strategy):
     """After this many steps without a lower loss the learning rate falls to a tenth, twice, and training ends."""
     target_tokens: Count = 30
     """Length of the completions that are trained towards, and of the stretch on which harmless prompts are retained."""
-    ablation_weight: Weight = 1.0
+    ablation_weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight of saying, under ablation, what the ablated difference in means says to harmful prompts."""
     addition_weight: Weight = 0.2
     """Weight of saying, under addition, the first sentence that the added difference in means says to harmless ones."""

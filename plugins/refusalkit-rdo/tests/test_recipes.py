@@ -21,7 +21,8 @@ from refusalkit.progress import Silent
 from refusalkit.recipe_file import load_recipe
 from refusalkit.registry import load_registry
 from refusalkit.store import Store
-from refusalkit.testing import check_model_strategy, check_selector, random_engine
+from refusalkit.strategy import Strategy
+from refusalkit.testing import check_selector, check_strategy, random_engine
 
 RECIPES = sorted(
     (path for path in importlib.resources.files("refusalkit_rdo").joinpath("recipes").iterdir()),
@@ -122,31 +123,25 @@ def test_a_run_that_is_interrupted_in_training_goes_on_from_the_stage_before(tmp
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("setting", "message"),
     [
-        (("find.layer=9",), "layer 9 of 8"),
-        (("find.position=-7",), "position -7 was not captured"),
+        ("find.rank=0", "greater than or equal to 1"),
+        ("find.step=3", "unknown key"),
+        ("find.layer=-1", "greater than"),
+        ("find.layer=9", "layer 9 of 8"),
+        ("find.position=-7", "position -7 is not captured"),
+        ("select=separation", "finds directions again"),
+        ("model.where=ndif", "needs gradients"),
     ],
 )
-def test_a_place_that_is_not_there_is_an_error_of_the_recipe(
-    settings: tuple[str, ...], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match=message):
-        execute(plan_of("rdo.yaml", *settings), tmp_path / "run", until="find")
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [("find.rank=0", "greater than or equal to 1"), ("find.step=3", "unknown key"), ("find.layer=-1", "greater than")],
-)
-def test_a_mistake_in_an_option_is_found_before_anything_runs(setting: str, message: str) -> None:
+def test_a_mistake_is_found_before_anything_runs(setting: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         plan_of("rdo.yaml", setting)
 
 
 @pytest.mark.parametrize("strategy", [Rdo(rank=2, steps=2), RdoIndependent(steps=2), RefusalCone(steps=2)], ids=repr)
-def test_strategies_obey_the_laws(strategy: Rdo) -> None:
-    laws = check_model_strategy(strategy, random_engine("LlamaForCausalLM", LLAMA))
+def test_strategies_obey_the_laws(strategy: Strategy) -> None:
+    laws = check_strategy(strategy)
     assert not [str(law) for law in laws if not law.holds]
 
 

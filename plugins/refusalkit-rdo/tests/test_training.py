@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -18,18 +16,18 @@ from torch import Tensor
 
 from refusalkit import algebra
 from refusalkit.artifacts import Activations, PromptSplits
-from refusalkit.engine.gradients import Differentiable
-from refusalkit.errors import InputError
+from refusalkit.errors import RunError
 from refusalkit.pipeline import Runner
 from refusalkit.plan import make_plan
 from refusalkit.progress import Silent
 from refusalkit.recipe_file import load_recipe
 from refusalkit.registry import load_registry
 from refusalkit.selector import Measure, SelectInputs
+from refusalkit.sharing import Sharing
 from refusalkit.stages import capture, prompts
 from refusalkit.stages.bench import Bench
-from refusalkit.stages.find import find
-from refusalkit.strategy import Captured, FindInputs
+from refusalkit.stages.find import model_inputs
+from refusalkit.strategy import ModelInputs
 
 RECIPE = """\
 name: trained
@@ -57,25 +55,21 @@ class Ground:
     bench: Bench
     splits: PromptSplits
     activations: Activations
+    known: dict[Trained, Tensor] = field(default_factory=dict)
 
     @property
-    def inputs(self) -> FindInputs:
-        sides = [
-            Captured(mean, len(tokens), prompts=tokens)
-            for side, mean in (("harmful", self.activations.harmful_mean), ("harmless", self.activations.harmless_mean))
-            for tokens in [self.bench.tokens(self.splits.of(side, "train"))]  # type: ignore[arg-type]
-        ]
-        text = self.bench.template.tokenizer.decode
-        openers = self.splits.openers.token_ids
-        return FindInputs(sides[0], sides[1], self.activations.positions, self.activations.site, openers, text)
+    def model(self) -> ModelInputs:
+        return model_inputs(self.activations, self.splits, self.bench)
 
     def trained(self, strategy: Trained) -> Tensor:
         """Return what a strategy finds at the one place where it finds anything: [rank, d_model]."""
-        directions = find(strategy, self.activations, self.splits, lambda: self.bench).directions
-        places = directions.flatten(2).any(-1).nonzero().tolist()
-        assert places == [[len(self.activations.positions) - 1, 5]]
-        row, layer = places[0]
-        return directions[row, layer].reshape(-1, directions.shape[-1])
+        if strategy not in self.known:
+            sides = self.activations.captured
+            directions = strategy.find(sides["harmful"], sides["harmless"], self.model)
+            place = self.place
+            assert directions.flatten(2).any(-1).nonzero().tolist() == [[place.row, place.layer]]
+            self.known[strategy] = directions[place.row, place.layer].reshape(-1, directions.shape[-1])
+        return self.known[strategy]
 
     @property
     def place(self) -> Place:
@@ -102,10 +96,7 @@ class Ground:
         return Measure("refusal_score", token_ids=self.splits.openers.token_ids)
 
     def objective(self, strategy: Trained) -> Objective:
-        return Objective.at(self.place, strategy, self.inputs, Differentiable(self.bench.engine))
-
-
-Plans = Callable[..., Any]
+        return Objective.at(self.place, self.difference, strategy, self.model)
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +105,9 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     (folder / "trained.yaml").write_text(RECIPE, encoding="utf-8")
     registry = load_registry([refusalkit_rdo], entry_points=False)
     plan = make_plan(load_recipe(folder / "trained.yaml", registry), folder, registry)
-    bench = Runner(plan, folder / "run", Silent()).bench()
+    bench = Runner(plan, folder / "run", Silent(), Sharing()).bench()
     splits = prompts.settle(plan.prompts, bench)
-    return Ground(bench, splits, capture.capture(plan.recipe.capture, splits, "model", bench))
+    return Ground(bench, splits, capture.capture(plan.recipe.capture, splits, "means", bench))
 
 
 def random_rows(ground: Ground, n: int) -> Tensor:
@@ -221,19 +212,15 @@ def test_the_same_seed_finds_the_same_and_another_something_else(ground: Ground)
 
 
 def test_training_takes_the_place_where_the_difference_in_means_moves_refusal_most(ground: Ground) -> None:
-    subject = Differentiable(ground.bench.engine)
-    assert best_place(ground.inputs, subject, None, None) == ground.place
-    assert best_place(ground.inputs, subject, 3, -2).layer == 3
-    assert best_place(ground.inputs, subject, None, -2).position == -2
-    with pytest.raises(InputError, match="layer 8 of 8"):
-        best_place(ground.inputs, subject, 8, None)
-    with pytest.raises(InputError, match="position -9 was not captured"):
-        best_place(ground.inputs, subject, None, -9)
-    with pytest.raises(Exception, match="do not differ at any place"):
-        best_place(ground.inputs, subject, 0, -2)
+    means = ground.activations.harmful_mean - ground.activations.harmless_mean
+    assert best_place(means, ground.model, None, None) == ground.place
+    assert best_place(means, ground.model, 3, None).layer == 3
+    assert best_place(means, ground.model, None, -2).position == -2
+    with pytest.raises(RunError, match="do not differ at any place"):
+        best_place(means, ground.model, 0, -2)
 
 
-def test_targets_are_what_the_difference_in_means_makes_the_model_say(ground: Ground, tmp_path: Path) -> None:
+def test_targets_are_what_the_difference_in_means_makes_the_model_say(ground: Ground) -> None:
     targets = ground.objective(Rdo(**QUICK)).targets
     text = ground.bench.template.tokenizer.decode
     assert len(targets.harmful) == len(targets.harmless) == len(targets.answers) == len(targets.retained)
