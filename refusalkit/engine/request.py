@@ -148,18 +148,8 @@ def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
             return engine.mean_states(prompts, interventions, layers, advance)
         case Openings():
             return opened([engine.logits(group) for group in request.groups], request.token_ids, request.most)
-        case Readings(prompts, interventions, token_ids, keep_logits):
-            plain = whole = engine.logits(prompts)
-            gated = [each for each in interventions if each.gate is not None]
-            if gated:
-                # A gate shares no front between prompts: beside an equal pass, those it turns away keep every bit.
-                whole = engine.logits(prompts, replace(gated[0], edits=()))
-            read = []
-            for each in interventions:
-                reference = plain if each.gate is None else whole
-                logits = engine.logits(prompts, each) if each.edits else reference
-                read.append(reading(logits, reference, token_ids, keep_logits))
-            return read
+        case Readings():
+            return _readings(engine, request)
         case Completions(prompts, intervention, max_new_tokens):
             return engine.generate(prompts, intervention, max_new_tokens, advance)
         case Losses(prompts, completions, intervention):
@@ -168,6 +158,20 @@ def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
             found = engine.capture(prompts, (position,), site, keep_samples=True, advance=advance)
             assert found.samples is not None
             return (algebra.unit(found.samples[:, 0]) @ algebra.unit(direction).cpu()).double()
+
+
+def _readings(engine: Engine, request: Readings) -> list[Reading]:
+    plain = whole = engine.logits(request.prompts)
+    gated = [each for each in request.interventions if each.gate is not None]
+    if gated:
+        # A gate shares no front between prompts: beside an equal pass, those it turns away keep every bit.
+        whole = engine.logits(request.prompts, replace(gated[0], edits=()))
+    read = []
+    for each in request.interventions:
+        reference = plain if each.gate is None else whole
+        logits = engine.logits(request.prompts, each) if each.edits else reference
+        read.append(reading(logits, reference, request.token_ids, request.keep_logits))
+    return read
 
 
 def opened(groups: Sequence[Tensor], token_ids: tuple[int, ...], most: int) -> Opened:
