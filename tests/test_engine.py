@@ -88,8 +88,9 @@ def test_capture_of_some_layers_equals_that_of_all_and_runs_nothing_above(adapte
     assert everything is not None
     ran: set[int] = set()
     for layer in range(engine.n_layers):
-        block = engine.module.get_submodule(engine.layout.block(layer))
-        block.register_forward_hook(lambda *_, layer=layer: ran.add(layer))
+        # Inside the block: a pass that stops at a block's output stops before hooks that were added behind nnsight's.
+        attention = engine.module.get_submodule(f"{engine.layout.block(layer)}.self_attn")
+        attention.register_forward_pre_hook(lambda *_, layer=layer: ran.add(layer))
     for layers, site, above in (((1,), "resid_pre", 1), ((0, 2), "resid_pre", 2), ((0,), "resid_post", 1)):
         ran.clear()
         before = engine.prompt_passes
