@@ -86,13 +86,14 @@ def _round(case: Case, clock: Clock, places: list[Place], new_tokens: int) -> Fo
     plain, engine = case.plain, case.bench.engine
     train = [*case.tokens("harmful", "train"), *case.tokens("harmless", "train")]
     test = case.tokens("harmless", "test")
-    candidates = clock.time("capture ours", case.candidates)
+    found = clock.time("capture ours", case.found)
+    candidates = found[-1]
     clock.time("capture plain", lambda: plain.means(train, case.splits.positions))
     clock.time("capture floor", lambda: plain.logits(train))
-    choice = clock.time("select ours", lambda: case.choice(candidates))
+    choice = clock.time("select ours", lambda: case.choice(found))
     clean = clock.time("reference plain", case.reference)
     scores = clock.time("share plain", lambda: case.sweeps(candidates, places, clean))
-    screened = clock.time("select screened", lambda: case.choice(candidates, screen="gradient"))
+    screened = clock.time("select screened", lambda: case.choice(found, screen="gradient"))
     ablation, hooks = case.ablation(choice), plain.ablation(choice.direction)
     engine.shares_prefix = False
     clock.time("pass ours", lambda: engine.logits(test))
@@ -153,7 +154,7 @@ def main(
     """Time capture, select, generate and the whole run against plain hooks and bare forward passes."""
     torch.set_num_threads(threads)
     case, clock = prepare(recipe), Clock()
-    places = _places(case.candidates(), share)
+    places = _places(case.found()[-1], share)
     new_tokens = case.plan.recipe.evaluate.max_new_tokens
     for _ in range(repeats):
         found = _round(case, clock, places, new_tokens)

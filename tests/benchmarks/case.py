@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from refusalkit import algebra
-from refusalkit.artifacts import Candidates, Choice, PromptSplits, Split
+from refusalkit.arithmetic import Find
+from refusalkit.artifacts import Activations, Candidates, Choice, PromptSplits, Split
 from refusalkit.builtin.interventions import ablate_everywhere
 from refusalkit.builtin.selectors import Causal
 from refusalkit.engine.load import load
@@ -29,6 +30,8 @@ from .plain import Plain, Tokens
 Place = tuple[int, int]
 #: Refusal score ablated, induced score, KL on harmless prompts, all in nats.
 Scores = tuple[float, float, float]
+#: What was asked to be found, in what, and what was.
+Found = tuple[Find, Activations, Candidates]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,16 +47,16 @@ class Case:
         """Return one split of one side as token ids."""
         return self.bench.tokens(self.splits.of(side, split))
 
-    def candidates(self) -> Candidates:
+    def found(self) -> Found:
         """Capture and find, as a run does."""
         recipe = self.plan.recipe
-        activations = capture.capture(recipe.capture, self.splits, recipe.find.needs, self.bench)
-        return find.find(recipe.find, activations)
+        activations = capture.capture(recipe.capture, self.splits, "means", self.bench)
+        return recipe.find, activations, find.find(recipe.find, activations)
 
-    def choice(self, candidates: Candidates, **changes: Any) -> Choice:
+    def choice(self, found: Found, **changes: Any) -> Choice:
         """Select, with some of the recipe's selector changed."""
         selector = Causal.model_validate({**self.plan.recipe.select.model_dump(), **changes})
-        return select.select(selector, candidates, self.splits, self.bench)
+        return select.select(selector, found, self.splits, self.bench)
 
     def reference(self) -> Tensor:
         """Return the unmodified model's logits on harmless prompts, which the sweep for the KL needs once."""
