@@ -84,9 +84,10 @@ def _watched(descriptor: int, opened: Monitor) -> int:
     try:
         for group in records(lines(descriptor), opened):
             sys.stdout.write("".join(json.dumps(record) + "\n" for record in group))
-            sys.stdout.flush()
+            # Counted before anybody can have read them: what interrupts the next step finds the right number.
             written += len(group)
             unread += sum("error" in record for record in group)
+            sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes stdout once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
