@@ -83,10 +83,11 @@ def _watched(descriptor: int, opened: Monitor) -> int:
     written = unread = 0
     try:
         for group in records(lines(descriptor), opened):
-            sys.stdout.write("".join(json.dumps(record) + "\n" for record in group))
-            # Counted before anybody can have read them: what interrupts the next step finds the right number.
+            text = "".join(json.dumps(record) + "\n" for record in group)
+            # Counted first: a reader may interrupt as soon as it has read them.
             written += len(group)
             unread += sum("error" in record for record in group)
+            sys.stdout.write(text)
             sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes stdout once more when it ends.
