@@ -85,7 +85,9 @@ def test_a_plugin_takes_part_in_recipes_schema_and_hints(recipe_file: Path) -> N
     registry = load_registry([plugin("mine", refusalkit_strategies=(Median,))], entry_points=False)
     assert str(registry.owner("refusalkit_strategies", "median")) == "mine unpackaged"
     recipe_file.write_text(f"{SMALL}find: {{strategy: median, trim: 0.2}}\n", encoding="utf-8")
-    assert load_recipe(recipe_file, registry).find == Median(trim=0.2)
+    found = load_recipe(recipe_file, registry).find
+    assert isinstance(found, Median)
+    assert found.trim == 0.2
     assert "'median'" in str(json_schema(registry)["properties"]["find"])
     for written, hint in (("meadian", "did you mean 'median'?"), ("{strategy: median, trin: 1}", "'trim'?")):
         recipe_file.write_text(f"{SMALL}find: {written}\n", encoding="utf-8")
@@ -200,7 +202,7 @@ def test_broken_plugins_are_reported_and_the_others_work(site: Path) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
     said = listed(done.stdout)
     assert said["dist-good 1.0: ok"] == "strategies median"
-    assert "strategies difference_in_means, random, " in said[next(iter(said))]
+    assert "strategies difference_in_means, " in said[next(iter(said))]
     assert said.keys() - {next(iter(said)), "dist-good 1.0: ok"} == {f"dist-{name} 1.0: broken" for name in BROKEN}
     for name, (_, message) in BROKEN.items():
         assert message in said[f"dist-{name} 1.0: broken"]
