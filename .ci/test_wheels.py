@@ -1,7 +1,7 @@
 """Wheels of plugins, installed beside that of refusalkit, take part in everything; one that raises harms nothing.
 
-`.ci/run` runs this in an environment that holds these wheels, from a folder with their wheels in `wheels/` and the wheel that
-raises in `broken/`.
+`.ci/run` runs this in an environment where those in `wheels/` are installed, from a folder that also holds the one that
+raises, in `broken/`.
 """
 
 from __future__ import annotations
