@@ -138,19 +138,19 @@ def _check_adapter(adapter: Adapter, architecture: str, tied: bool) -> tuple[Law
 
 
 def _asked(provider: type[BaseModel], kind: str, recipe: type[Recipe]) -> Recipe:
-    """Ask for a thing in a recipe, by its defaults, and by its examples where there is no default.
+    """Ask for a thing in a recipe, with the first example of every option that has one, and the default of the others.
 
     Raises `UncheckedError` when an option has neither.
     """
     asked = {kind: default_of(provider, kind)}
     for key, option in provider.model_fields.items():
-        if option.is_required():
-            if not option.examples:
-                raise UncheckedError(
-                    f"the option {key!r} has neither a default nor an example; declare one in "
-                    f"`{provider.__name__}`: `{key}: Annotated[..., Field(examples=[...])]`"
-                )
+        if option.examples:
             asked[key] = option.examples[0]
+        elif option.is_required():
+            raise UncheckedError(
+                f"the option {key!r} has neither a default nor an example; declare one in "
+                f"`{provider.__name__}`: `{key}: Annotated[..., Field(examples=[...])]`"
+            )
     sections: dict[str, Any] = {
         "strategy": {"find": asked},
         "selector": {"select": asked},

@@ -24,7 +24,7 @@ class Cone(Selector):
     """
 
     selector: Literal["cone"] = "cone"
-    samples: Annotated[int, Field(ge=1, strict=True)] = 512
+    samples: Annotated[int, Field(ge=1, strict=True, examples=[64])] = 512
     """Directions to draw."""
     sampling: Sampling = "hypersphere"
     """How directions are drawn: evenly in angle, or as convex combinations of the basis with log-normal weights."""

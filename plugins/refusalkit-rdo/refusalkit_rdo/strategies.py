@@ -31,7 +31,7 @@ class Trained(Strategy):
     """The layer the direction is added at; null takes that of the best difference in means."""
     position: Annotated[int, Field(lt=0, strict=True)] | None = None
     """The position whose difference in means sets the targets and the length; null takes the best."""
-    steps: Count = 60
+    steps: Annotated[Count, Field(examples=[10])] = 60
     """Optimiser steps at most, for each direction."""
     batch_size: Count = 16
     """Prompts a side in each step."""
