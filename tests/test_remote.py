@@ -26,7 +26,17 @@ from refusalkit.engine.jobs import Call, Jobs, Patience, cut
 from refusalkit.engine.ledger import Ledger, Record, key_of
 from refusalkit.engine.load import load
 from refusalkit.engine.remote import RemoteEngine, connect
-from refusalkit.engine.request import Capture, Completions, Cosines, Losses, Openings, Readings, Request, Scores
+from refusalkit.engine.request import (
+    Capture,
+    Completions,
+    Cosines,
+    Losses,
+    Openings,
+    Readings,
+    Request,
+    Scores,
+    States,
+)
 from refusalkit.engine.server import Server, chosen_host
 from refusalkit.errors import InputError, RunError
 from refusalkit.intervention import NOTHING, Direction, Edit, Gate, Intervention
@@ -97,6 +107,7 @@ def requests(engine: Engine, prompts: tuple[tuple[int, ...], ...]) -> list[Reque
         Scores(prompts, [NOTHING, ablate, steer], openers),
         Scores(prompts, [ablate, steer], Measure("kl_nats")),
         Scores(prompts, [ablate], Measure("kl_nats", reference=engine.logits(prompts, steer))),
+        States(prompts, [NOTHING, ablate, steer], (6, 2)),
         Openings([prompts[:3], prompts[2:], prompts], (5, 7), 4),
         Readings(prompts, [NOTHING, ablate, steer, gated], (5, 7), keep_logits=True),
         Completions(prompts, NOTHING, 6),
