@@ -185,10 +185,6 @@ def test_a_part_of_a_cone_bypasses_refusal_and_nothing_of_a_random_one_does(grou
     print(f"share of the cone that bypasses refusal: {shares[0]:.0%}; of a random cone: {shares[1]:.0%}")
     assert shares[0] >= 0.25
     assert shares[1] == 0
-    # Removing all of it at once is what `ablate` does.
-    jointly = ground.place.ablation(rows.float())
-    tokens = ground.bench.tokens(ground.splits.of("harmful", "validation"))
-    assert ground.bench.engine.measure(tokens, [jointly], ground.openers).mean() < 0
 
 
 def _cone(ground: Ground, rows: Tensor) -> dict[str, float]:
