@@ -37,6 +37,7 @@ from refusalkit.store import STAGES, Store, cannot_write, write_json, write_tens
 
 if TYPE_CHECKING:
     from refusalkit.engine.remote import RemoteEngine
+    from refusalkit.report.changes import Change
 
 A = TypeVar("A", bound=Artifact)
 #: Says of an artifact that it was in the run's folder already.
@@ -184,6 +185,7 @@ def _run(runner: Runner, until: str) -> None:
     evaluation = runner.stage(Evaluation, lambda: _evaluate(runner, (activations, choice), splits))
     model = {"id": plan.checkpoint.section.id, "adapter": plan.checkpoint.adapter.name}
     write_json(out / "summary.json", summary(recipe.name, model, choice, evaluation.results))
+    write_json(out / "tests.json", tests(evaluation))
     if until == "report":
         write_report(out, show_completions=False)
 
@@ -230,7 +232,7 @@ def _resolved(plan: Plan) -> dict[str, Any]:
 _DERIVED = {
     "find": ("candidates.safetensors",),
     "select": ("direction.safetensors", "scores.json"),
-    "evaluate": ("summary.json", "report.html"),
+    "evaluate": ("summary.json", "tests.json", "report.html"),
 }
 
 
@@ -317,6 +319,34 @@ def summary(recipe: str, model: Mapping[str, str | None], choice: Choice, result
             json.loads(result.model_dump_json(include=_SUMMARISED))
             for result in results
         ],
+    }
+
+
+def tests(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the content of `tests.json`, version 1: every paired test of a run, by what it compares with."""
+    from refusalkit.report.changes import effects
+
+    found = effects("", evaluation)
+    return {
+        "version": 1,
+        "from_unmodified": [_test(change) for change in found.from_unmodified],
+        "from_controls": [_test(change) for change in found.from_controls],
+        "between_interventions": [_test(change) for change in found.between],
+    }
+
+
+def _test(change: Change) -> dict[str, Any]:
+    return {
+        "intervention": change.second.intervention,
+        "against": change.first.intervention,
+        "prompts": change.second.prompts,
+        "metric": change.second.metric,
+        "difference": change.found.value,
+        "low": change.found.low,
+        "high": change.found.high,
+        "p": change.found.p,
+        "p_corrected": change.p,
+        "n": change.found.n,
     }
 
 
