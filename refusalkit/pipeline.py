@@ -37,7 +37,6 @@ from refusalkit.store import STAGES, Store, cannot_write, write_json, write_tens
 
 if TYPE_CHECKING:
     from refusalkit.engine.remote import RemoteEngine
-    from refusalkit.report.changes import Change
 
 A = TypeVar("A", bound=Artifact)
 #: Says of an artifact that it was in the run's folder already.
@@ -185,9 +184,11 @@ def _run(runner: Runner, until: str) -> None:
     evaluation = runner.stage(Evaluation, lambda: _evaluate(runner, (activations, choice), splits))
     model = {"id": plan.checkpoint.section.id, "adapter": plan.checkpoint.adapter.name}
     write_json(out / "summary.json", summary(recipe.name, model, choice, evaluation.results))
+    from refusalkit.report.data import tests
+
     write_json(out / "tests.json", tests(evaluation))
     if until == "report":
-        write_report(out, show_completions=False)
+        write_report(out)
 
 
 def _evaluate(runner: Runner, found: tuple[Activations, Choice], splits: PromptSplits) -> Evaluation:
@@ -322,34 +323,6 @@ def summary(recipe: str, model: Mapping[str, str | None], choice: Choice, result
     }
 
 
-def tests(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the content of `tests.json`, version 1: every paired test of a run, by what it compares with."""
-    from refusalkit.report.changes import effects
-
-    found = effects("", evaluation)
-    return {
-        "version": 1,
-        "from_unmodified": [_test(change) for change in found.from_unmodified],
-        "from_controls": [_test(change) for change in found.from_controls],
-        "between_interventions": [_test(change) for change in found.between],
-    }
-
-
-def _test(change: Change) -> dict[str, Any]:
-    return {
-        "intervention": change.second.intervention,
-        "against": change.first.intervention,
-        "prompts": change.second.prompts,
-        "metric": change.second.metric,
-        "difference": change.found.value,
-        "low": change.found.low,
-        "high": change.found.high,
-        "p": change.found.p,
-        "p_corrected": change.p,
-        "n": change.found.n,
-    }
-
-
 _SUMMARISED = {"intervention", "prompts", "metric", "value", "low", "high", "n"}
 
 
@@ -401,11 +374,27 @@ def _environment_in(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def write_report(folder: Path, *, show_completions: bool) -> Path:
-    """Write `report.html` from the artifacts in `folder` and return its path."""
-    from refusalkit.report.page import render_html
+def write_report(folder: Path, *, show_completions: bool = False, form: str = "html") -> Path:
+    """Write `report.html`, `.md`, `.json` or `.csv` from the artifacts in `folder` and return its path."""
     from refusalkit.run_directory import read_run
 
-    path = folder / "report.html"
-    write_text(path, render_html(read_run(folder), show_completions=show_completions))
+    run, path = read_run(folder), folder / f"report.{form}"
+    if form == "html":
+        from refusalkit.report.page import render_html
+
+        write_text(path, render_html(run, show_completions=show_completions))
+    elif form == "json":
+        from refusalkit.report.data import render_json
+
+        write_text(path, render_json(run, show_completions=show_completions))
+    elif show_completions:
+        raise InputError(f"{form} holds no completions", where="--show-completions", hint="write html or json")
+    elif form == "csv":
+        from refusalkit.report.data import render_csv
+
+        write_text(path, render_csv(run))
+    else:
+        from refusalkit.report.markdown import render_markdown
+
+        write_text(path, render_markdown(run))
     return path
