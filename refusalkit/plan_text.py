@@ -43,7 +43,7 @@ def describe(plan: Plan, out: Path) -> str:
         ("find", f"{plan.find.label}: {'at most ' if plan.find.needs_model else ''}{plan.n_candidates} candidates"),
         ("select", f"{recipe.select.selector}, {_options(recipe.select)}"),
         ("evaluate", ", ".join(spec.label for spec in recipe.evaluate.interventions)),
-        ("", ", ".join(metric.metric for metric in recipe.evaluate.metrics)),
+        ("", ", ".join(metric.label for metric in recipe.evaluate.metrics)),
         *_gradients(recipe),
         *[("forward" if number == 0 else "", text) for number, text in enumerate(_passes(plan))],
         ("out", str(out)),

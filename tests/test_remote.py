@@ -28,10 +28,12 @@ from refusalkit.engine.load import load
 from refusalkit.engine.remote import RemoteEngine, connect
 from refusalkit.engine.request import (
     Capture,
+    CompletionKL,
     Completions,
     Cosines,
     Losses,
     Openings,
+    Projections,
     Readings,
     Request,
     Scores,
@@ -39,7 +41,7 @@ from refusalkit.engine.request import (
 )
 from refusalkit.engine.server import Server, chosen_host
 from refusalkit.errors import InputError, RunError
-from refusalkit.intervention import NOTHING, Direction, Edit, Gate, Intervention
+from refusalkit.intervention import NOTHING, Direction, Edit, Gate, Intervention, Place
 from refusalkit.plan import Plan
 from refusalkit.plan_text import describe
 from refusalkit.recipe import ModelSection
@@ -116,6 +118,9 @@ def requests(engine: Engine, prompts: tuple[tuple[int, ...], ...]) -> list[Reque
         Losses(prompts, [(4, 5, 6), (7,), (8, 9), (4,), (5, 6)], steer),
         Losses(prompts, [(4, 5, 6), (7,), (8, 9), (4,), (5, 6)], gated),
         Cosines(prompts, vector, -1),
+        CompletionKL(prompts, [(4, 5, 6), (7,), (), (4,), (5, 6)], [NOTHING, ablate, steer, gated]),
+        Projections(prompts, [NOTHING, ablate, steer, gated], vector, Place("resid_pre", 3, -1)),
+        Projections(prompts, [NOTHING, ablate], vector, Place("mlp_out", 5, -2)),
     ]
 
 
