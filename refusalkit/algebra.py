@@ -193,7 +193,7 @@ def completion_loss(logits: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
     return -(picked * mask[:, 1:].to(logits.device)).sum(-1)
 
 
-def completion_kl(reference: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+def kl_along(reference: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
     """Sum KL(reference || logits), in nats, of the predictions of the tokens that `mask` marks: [prompt].
 
     Both [prompt, position, d_vocab] predict the token one position later; mask [prompt, position]. One prompt after the

@@ -18,18 +18,20 @@ def plain_loss(
     module: Any,
     tokenizer: Any,
     section: EvaluateSection,
-    prompts: Sequence[str],
-    unmodified: Unmodified,
+    written: tuple[Sequence[str], Unmodified],
     removed: Tensor | None,
 ) -> dict[str, float]:
-    """Return the loss a token by metric, of a Llama without (`removed`) a direction [d_model] in its activations."""
+    """Return the loss a token by metric, of a Llama as it is or with a direction [d_model] removed.
+
+    `written` are the harmless prompts and what the model wrote to them.
+    """
     with ExitStack() as stack:
         if removed is not None:
             for handle in _ablate(module, removed):
                 stack.callback(handle.remove)
         found = {}
         for metric in section.metrics:
-            sequences = list(_sequences(metric, tokenizer, prompts, unmodified))
+            sequences = list(_sequences(metric, tokenizer, *written))
             sums = [_loss(module, ids, start) for ids, start in sequences]
             found[metric.label] = sum(sums) / sum(len(ids) - start for ids, start in sequences)
         return found

@@ -108,17 +108,10 @@ def test_the_three_losses_are_those_of_a_plain_loop(plan_of: PlanOf, tmp_path: P
     choice, unmodified = store.load(Choice), store.load(Unmodified)
     assert choice is not None
     assert unmodified is not None
-    engine = load(plan.checkpoint)
-    expected = plain_loss(
-        engine.module, plan.checkpoint.tokenizer, plan.evaluate, plan.prompts.harmless["test"], unmodified, None
-    )
-    ablated = plain_loss(
-        engine.module,
-        plan.checkpoint.tokenizer,
-        plan.evaluate,
-        plan.prompts.harmless["test"],
-        unmodified,
-        choice.direction,
+    module, tokenizer = load(plan.checkpoint).module, plan.checkpoint.tokenizer
+    written = plan.prompts.harmless["test"], unmodified
+    expected, ablated = (
+        plain_loss(module, tokenizer, plan.evaluate, written, removed) for removed in (None, choice.direction)
     )
     found = _results(tmp_path / "run")
     assert len(expected) == 3
@@ -192,7 +185,7 @@ def test_only_what_reads_texts_depends_on_them(plan_of: PlanOf, tmp_path: Path) 
     assert [passage.text for passage in metric.texts] == ["One text."]  # type: ignore[attr-defined]
     said = describe(plan, tmp_path)
     assert metric.label in said
-    assert "6 of texts" in said
+    assert "8 of texts" in said
 
 
 def test_a_text_is_cut_off_and_one_that_is_too_short_has_no_value(plan_of: PlanOf, tmp_path: Path) -> None:

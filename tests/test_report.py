@@ -274,7 +274,7 @@ def test_a_strong_effect_is_said_with_its_numbers(choice: Choice) -> None:
     assert said.startswith(f"One direction at {where} switches refusal off and on: removing it")
     assert "removing it takes refusal of held-out harmful requests from 98% [92, 100] to 3% [1, 11]" in said
     assert "adding it makes 97% [89, 99] of held-out harmless requests refused, up from 2% [0, 8]" in said
-    assert "; a random direction of the same norm changes the first by 2 points and the second by 2 points." in said
+    assert "; a control direction of the same norm changes the first by 2 points and the second by 2 points." in said
 
 
 def test_a_partial_effect_is_called_partial(choice: Choice) -> None:
@@ -305,7 +305,7 @@ def test_an_effect_the_wrong_way_round_is_not_praised(choice: Choice) -> None:
 
 def test_a_random_direction_that_does_the_same_takes_the_credit_away(choice: Choice) -> None:
     said = sentence(choice, evaluation_of({"none": (0.98, 0.0), "ablate": (0.03, 0.0), "ablate_random": (0.1, 0.0)}))
-    assert "changes refusal, but so does a random direction" in said
+    assert "changes refusal, but so does a control direction" in said
     assert "changes this by 88 points" in said
 
 

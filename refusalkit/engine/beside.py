@@ -66,7 +66,7 @@ def completion_kl(
             program = counted_from(lower([each], engine.layout, len(rows), engine.device), lengths)
             with _edited(engine, each):
                 logits = blocks.kept_logits(engine.model, group.repeated(1), program, options)
-            found[number, rows] = algebra.completion_kl(reference, logits, ends[1]).cpu()
+            found[number, rows] = algebra.kl_along(reference, logits, ends[1]).cpu()
         engine.prompt_passes += len(rows) * (1 + len(interventions))
 
     engine._over(whole, run)

@@ -16,7 +16,7 @@ import nnsight
 import torch
 from torch import Tensor
 
-from refusalkit import algebra
+from refusalkit.algebra import kl_along, kl_nats, refusal_score, unit
 from refusalkit.engine.blocks import (
     Inputs,
     completion_losses,
@@ -67,7 +67,7 @@ def cosines(model: Any, batches: Sequence[Inputs], program: Program, position: i
     """Return for every batch the cosines [row, read] of hidden states at `position` with the unit `direction`."""
     found = [read(model, inputs, program, (position,), WHOLE) for inputs in batches]
     states = [torch.stack([state[:, 0].cpu().float() for state in each], 1) for each in found]
-    return [(algebra.unit(each) @ direction).double() for each in states]
+    return [(unit(each) @ direction).double() for each in states]
 
 
 def scores(
@@ -95,9 +95,9 @@ def scores(
                 continue
             logits = last_logits(model, inputs, program, ONCE, NO_SKIP)
             if token_ids is None:
-                rows.append(algebra.kl_nats(references[number], logits).cpu())
+                rows.append(kl_nats(references[number], logits).cpu())
             else:
-                rows.append(algebra.refusal_score(logits, token_ids).cpu())
+                rows.append(refusal_score(logits, token_ids).cpu())
         found.append(torch.cat(rows))
     return found
 
@@ -123,8 +123,8 @@ def readings(
         for inputs, reference in zip(batches, references, strict=True):
             logits = last_logits(model, inputs, program, ONCE, NO_SKIP) if program else reference
             columns = (
-                algebra.refusal_score(logits, token_ids),
-                algebra.kl_nats(reference, logits),
+                refusal_score(logits, token_ids),
+                kl_nats(reference, logits),
                 logits.isfinite().all(-1),
                 (logits != reference).any(-1),
             )
@@ -205,8 +205,7 @@ def completion_kl(model: Any, batches: Sequence[tuple[Inputs, Sequence[Program],
         options = {"logits_to_keep": width, "use_cache": False}
         reference = kept_logits(model, inputs, (), options)
         columns = [
-            algebra.completion_kl(reference, kept_logits(model, inputs, program, options), mask).cpu()
-            for program in programs
+            kl_along(reference, kept_logits(model, inputs, program, options), mask).cpu() for program in programs
         ]
         found.append(torch.stack(columns, 1))
     return found

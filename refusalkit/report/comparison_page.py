@@ -11,7 +11,7 @@ from refusalkit.artifacts import Evaluation, Result
 from refusalkit.report.charts import Figure, file_name, words
 from refusalkit.report.comparison import Change, Comparison, Entry, alignment, differing
 from refusalkit.report.intervals import chart
-from refusalkit.report.measured import BASELINE, controls_of, costs_first, interventions, metrics
+from refusalkit.report.measured import BASELINE, control_mark, controls_of, costs_first, interventions, metrics
 from refusalkit.report.page import placed, render
 from refusalkit.report.tables import Table, by_intervention
 from refusalkit.report.wording import MINUS, NOTHING_TO_SHOW, count, duration, number, percent, points, with_interval
@@ -163,8 +163,8 @@ def _rows(comparison: Comparison, label: str) -> Iterator[tuple[str, Result]]:
         )
     for entry in comparison.entries:
         names = {label: entry.label}
-        for number_, control in enumerate(controls_of(label, interventions(entry.run.evaluation))):
-            names[control] = f"{entry.label}_random{f'_{number_ + 1}' if number_ else ''}"
+        for control in controls_of(label, interventions(entry.run.evaluation)):
+            names[control] = f"{entry.label}{control_mark(control)}"
         for row in entry.run.evaluation.results:
             if row.intervention in names:
                 yield names[row.intervention], row

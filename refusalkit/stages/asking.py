@@ -1,4 +1,4 @@
-"""Say what an evaluation asks of the model: which cases, on which prompts, completions and texts."""
+"""Say what an evaluation asks of the model about its cases: on which prompts, completions and texts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from refusalkit import algebra
 from refusalkit.artifacts import PromptSplits
 from refusalkit.engine.request import CompletionKL, Completions, Losses, Projections, Reading, Request
-from refusalkit.intervention import NOTHING, Direction, Intervention, InterventionSpec
+from refusalkit.intervention import NOTHING, Direction, Intervention
 from refusalkit.metric import Metric, Need, Side, TextMetric
 from refusalkit.recipe import EvaluateSection
 from refusalkit.stages.bench import Bench
+from refusalkit.stages.cases import Case
 
 #: What metrics need that rests on completions of the unmodified model.
 WRITTEN: set[Need] = {"completions", "losses", "token_kl", "written_losses"}
@@ -23,16 +23,6 @@ _WRITES: set[Need] = {"completions", "written_losses"}
 Tokens = tuple[int, ...]
 #: A sum for each prompt or text [prompt], and how many tokens it is over [prompt].
 Sums = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """Hold one thing to compare: an intervention with the label it has in tables."""
-
-    label: str
-    intervention: Intervention
-    acts: bool
-    """Whether it is meant to change anything."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,36 +82,6 @@ class Outcome:
 
 
 Outcomes = dict[tuple[str, Side], Outcome]
-
-
-def cases_of(section: EvaluateSection, direction: Direction) -> list[Case]:
-    """List what to run: the unmodified model first, then each intervention followed by its controls."""
-    cases = [Case("none", NOTHING, acts=False)]
-    for spec in section.interventions:
-        if not spec.uses_direction:
-            continue
-        cases.append(Case(spec.label, spec.build(direction), acts=True))
-        if spec.on_weights:
-            # Its control would be that of the same ablation in the activations.
-            continue
-        for number in range(section.controls):
-            control = _random_like(direction, section.seed + number)
-            cases.append(Case(_control_label(spec, number), spec.build(control), acts=False))
-    return cases
-
-
-def _control_label(spec: InterventionSpec, number: int) -> str:
-    name, parenthesis, options = spec.label.partition("(")
-    suffix = f"_{number + 1}" if number else ""
-    return f"{name}_random{suffix}{parenthesis}{options}"
-
-
-def _random_like(direction: Direction, seed: int) -> Direction:
-    """Draw a random direction with the norm of `direction`; gates still read along the one that was found."""
-    vector = direction.vector
-    draw = torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed))
-    scaled = algebra.unit(draw) * vector.norm(dim=-1, keepdim=True)
-    return replace(direction, vector=scaled, found=vector)
 
 
 def asked_of(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tuple[Asked, ...]:

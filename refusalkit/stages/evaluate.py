@@ -30,18 +30,17 @@ from refusalkit.recipe import EvaluateSection
 from refusalkit.stages.asking import (
     WRITTEN,
     Asked,
-    Case,
     Outcome,
     Outcomes,
     Sums,
     asked_of,
-    cases_of,
     of_all,
     of_one,
     read_back,
     sums_of,
 )
 from refusalkit.stages.bench import Bench
+from refusalkit.stages.cases import Case, all_cases
 
 
 def complete(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> Unmodified:
@@ -69,7 +68,7 @@ def evaluate(
     unmodified: Unmodified,
     bench: Bench,
 ) -> Evaluation:
-    """Run every intervention, and its random controls, on every side's test prompts.
+    """Run every intervention, and its controls, on every side's test prompts.
 
     Raises `RunError` when an intervention that should act changes no logit.
     """
@@ -84,7 +83,8 @@ def evaluate(
         activations.harmless_mean[row].float(),
         activations.harmful_mean[row].float(),
     )
-    cases = cases_of(section, direction)
+    shuffled = None if activations.shuffled is None else activations.shuffled[row, choice.layer].float()
+    cases = all_cases(section, direction, shuffled)
     written = unmodified.completions
     asked = [replace(each, completions=written.get(each.side, ())) for each in asked_of(section, splits, bench)]
     outcomes, shared, separation = _on_activations(cases, asked, direction, bench)
