@@ -12,8 +12,8 @@ from refusalkit.metric import Count, Evidence, Metric, TextMetric, Values
 class RefusalRate(Metric):
     """Count the completions that contain one of the paper's refusal substrings, whatever their case.
 
-    A list of words knows the usual refusals of English chat models and no others. Whether what is not refused is an
-    answer, `perplexity` and `repetition` hint at.
+    A list of phrases knows the usual refusals of English chat models and no others. Whether what is not refused is an
+    answer is another question: `perplexity` and `repetition` tell it from noise.
     """
 
     metric: Literal["refusal_rate"] = "refusal_rate"
@@ -22,7 +22,7 @@ class RefusalRate(Metric):
     needs = "completions"
 
     phrases: Literal["paper", "wide"] = "paper"
-    """`paper`: the twelve of Arditi et al. (2024, appendix D.1), compared as they stand. `wide`: these and fifty more
+    """`paper`: the twelve of Arditi et al. (2024, appendix D.1), compared as they stand. `wide`: these and 55 more
     ways to decline, compared after quotes, markup, invisible characters, white space and case are made alike."""
 
     def measure(self, evidence: Evidence) -> Values:
@@ -47,7 +47,10 @@ class RefusalScore(Metric):
 
 
 class KL(Metric):
-    """Take KL(unmodified || modified) of the first token's distribution on harmless prompts."""
+    """Take KL(unmodified || modified) of the first token's distribution on harmless prompts.
+
+    With the authors' epsilon inside the logarithms; lower is closer to the unmodified model, which has 0.
+    """
 
     metric: Literal["kl"] = "kl"
     kind = "mean"
@@ -82,7 +85,11 @@ class TokenKL(Metric):
 
 
 class CrossEntropy(Metric):
-    """Take the loss a token on the unmodified model's own harmless completions (the paper's on-distribution loss)."""
+    """Take the loss a token on the unmodified model's own harmless completions (the paper's on-distribution loss).
+
+    The mean is over tokens, and exp of it is the perplexity (Arditi et al. 2024, table 9). Lower is better; where it is
+    near that of the unmodified model, the model would still give the same answers.
+    """
 
     metric: Literal["cross_entropy"] = "cross_entropy"
     kind = "mean"
@@ -135,8 +142,9 @@ class AnswerCrossEntropy(TextMetric):
 class Perplexity(Metric):
     """Take the perplexity of what is written, by the unmodified model: whether it still reads like a text.
 
-    Each completion has exp of its mean loss a token, given the prompt, and the mean is over completions. Higher is less
-    like anything the unmodified model would write; a loop of the same words is low, which `repetition` shows.
+    Each completion has exp of its mean loss a token, given the prompt, and the mean is over completions, as in the
+    library evaluate. Higher is less like anything the unmodified model would write; a loop of the same words is low,
+    which `repetition` shows. An empty completion has no value.
     """
 
     metric: Literal["perplexity"] = "perplexity"
@@ -153,7 +161,7 @@ class Repetition(Metric):
     """Take the share of a completion's n-grams of tokens that it has had before.
 
     That is one minus distinct over all n-grams, the seq-rep-n of Welleck et al. (2019, arXiv 1908.04319): 0 is none,
-    and a loop comes near 1. A completion that is shorter than n tokens has no value.
+    and a loop comes near 1. Lower is better. A completion that is shorter than n tokens has no value.
     """
 
     metric: Literal["repetition"] = "repetition"
