@@ -130,9 +130,9 @@ def _described(where: str, providers: Mapping[str, type[BaseModel]]) -> list[str
 
 def _measured(metric: type[Metric]) -> str:
     """Say what the numbers of a metric are, and what they rest on."""
-    sides = "every side" if metric.sides == SIDES else " and ".join(metric.sides)
-    over = "texts, shown with" if issubclass(metric, TextMetric) else "prompts of"
-    return f"A {metric.kind} over {over} {sides}, in {metric.unit}; needs `{metric.needs}`."
+    sides = "of every side" if metric.sides == SIDES else f"that are {' or '.join(metric.sides)}"
+    over = "texts" if issubclass(metric, TextMetric) else f"prompts {sides}"
+    return f"A {metric.kind} over {over}. Unit: {metric.unit}. Needs: `{metric.needs}`."
 
 
 _WINDOWS = "Whatever acts on activations can be kept to some layers, some tokens and some decode steps."

@@ -100,5 +100,10 @@ def _evaluate(plan: Plan) -> Cost:
 
 def _text_tokens(plan: Plan, metric: TextMetric) -> float:
     """Return how many tokens the texts of a metric have together with their prompts, from the first few of them."""
-    few = [f"{passage.prompt or ''} {passage.text}" for passage in metric.texts[:16]]
-    return len(metric.texts) * sum(len(plan.template.plain(text)) for text in few) / max(1, len(few))
+    few = metric.texts[:16]
+    tokens = [
+        min(len(plan.template.plain(passage.text)), metric.max_tokens)
+        + (0 if passage.prompt is None else len(plan.template.tokens(passage.prompt)))
+        for passage in few
+    ]
+    return len(metric.texts) * sum(tokens) / max(1, len(few))

@@ -131,7 +131,7 @@ def test_every_metric_of_a_run_is_told_apart_and_reads_what_it_says(plan_of: Pla
     assert len(named) == len(summary["evaluation"]) == len(found)
     assert ("ablate", "harmful", "refusal_rate(phrases=wide)") in named
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "refusal rate(phrases=wide)" in page
+    assert "refusal rate (phrases=wide)" in page
     # What a model writes by itself is what it finds likely.
     own = found["none", "harmless", "perplexity"]
     assert 1 <= own.value < 2

@@ -135,7 +135,7 @@ def _on_activations(
     for each in asked:
         readings = answers["", each.side, "readings"]
         for case, made in zip(cases, readings, strict=True):
-            mine = {what: found for (*whose, what), found in answers.items() if whose == [case.label, each.side]}
+            mine = {what: answer for (*whose, what), answer in answers.items() if whose == [case.label, each.side]}
             completions = mine.pop("completions", each.completions)
             outcomes[case.label, each.side] = Outcome(made, readings[0].logits, tuple(completions), mine)
     shared = {
