@@ -30,7 +30,7 @@ from refusalkit.arithmetic import OPERATIONS
 from refusalkit.cli import app
 from refusalkit.interchange.content import Trait
 from refusalkit.interchange.formats import FORMATS
-from refusalkit.intervention import ActivationSpec, Direction, Edit, Gate, Intervention, InterventionSpec
+from refusalkit.intervention import ActivationSpec, Direction, Edit, Gate, Intervention, InterventionSpec, Place
 from refusalkit.metric import SIDES, Evidence, Metric, TextMetric, Values
 from refusalkit.prompt_source import Passage, PromptSource
 from refusalkit.recipe import PromptFiles, recipe_type
@@ -273,7 +273,7 @@ _BASES: dict[str, tuple[tuple[type, ...], Callable[..., Any]]] = {
         testing.check_selector,
     ),
     "interventions": (
-        (InterventionSpec, ActivationSpec, Direction, Intervention, Edit, Gate),
+        (InterventionSpec, ActivationSpec, Direction, Place, Intervention, Edit, Gate),
         testing.check_intervention,
     ),
     "metrics": ((Metric, TextMetric, Evidence, Values), testing.check_metric),
