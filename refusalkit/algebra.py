@@ -193,6 +193,15 @@ def completion_loss(logits: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
     return -(picked * mask[:, 1:].to(logits.device)).sum(-1)
 
 
+def all_greedy(logits: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
+    """Say whether every marked token is the most probable one: [prompt].
+
+    logits [prompt, position, d_vocab] predict the token one position later; token_ids and mask [prompt, position].
+    """
+    hit = logits[:, :-1].argmax(-1) == token_ids[:, 1:].to(logits.device)
+    return (hit | ~mask[:, 1:].to(logits.device)).all(-1)
+
+
 def kl_along(reference: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
     """Sum KL(reference || logits), in nats, of the predictions of the tokens that `mask` marks: [prompt].
 

@@ -44,6 +44,30 @@ def losses(
     return found, counts
 
 
+def likelihoods(
+    engine: Engine, prompts: Sequence[Tokens], completions: Sequence[Tokens], intervention: Intervention | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the log-likelihood [prompt] float64 of given completions, in nats, and whether each is greedy [prompt]."""
+    counts = torch.tensor([len(completion) for completion in completions])
+    found = torch.zeros(len(prompts), dtype=torch.float64)
+    greedy = torch.zeros(len(prompts), dtype=torch.bool)
+    whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+
+    def run(group: Batch, _: dict[str, Any]) -> None:
+        rows = list(group.indices)
+        width, ends = targets(group, counts)
+        program = lower([intervention or NOTHING], engine.layout, len(rows), engine.device)
+        program = counted_from(program, counts[rows, None].to(engine.device))
+        options = {"logits_to_keep": width, "use_cache": False}
+        logits = blocks.kept_logits(engine.model, group.repeated(1), program, options)
+        found[rows] = -algebra.completion_loss(logits, *ends).cpu()
+        greedy[rows] = algebra.all_greedy(logits, *ends).cpu()
+        engine.prompt_passes += len(rows)
+
+    engine._over(whole, run)
+    return found, greedy
+
+
 def completion_kl(
     engine: Engine, prompts: Sequence[Tokens], completions: Sequence[Tokens], interventions: Sequence[Intervention]
 ) -> tuple[Tensor, Tensor]:

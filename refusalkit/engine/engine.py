@@ -31,7 +31,7 @@ from refusalkit.engine.batch import (
     prefix_inputs,
     shared_prefix,
 )
-from refusalkit.engine.beside import completion_kl, losses, projections
+from refusalkit.engine.beside import completion_kl, likelihoods, losses, projections
 from refusalkit.engine.layout import layout_of
 from refusalkit.engine.lower import Pack, counted_from, lower, packs
 from refusalkit.engine.memory import out_of_memory
@@ -203,6 +203,7 @@ class Engine:
     mean_states = mean_states
     losses = losses
     completion_kl = completion_kl
+    likelihoods = likelihoods
     projections = projections
 
     def _pack_by_parts(

@@ -29,6 +29,7 @@ from refusalkit.engine.request import (
     CompletionKL,
     Completions,
     Cosines,
+    Likelihoods,
     Losses,
     Opened,
     Openings,
@@ -190,6 +191,7 @@ class RemoteEngine:
             Readings: self._readings,
             Completions: self._completions,
             Losses: self._losses,
+            Likelihoods: self._likelihoods,
             Cosines: self._cosines,
             CompletionKL: self._completion_kl,
             Projections: self._projections,
@@ -296,6 +298,20 @@ class RemoteEngine:
         return Call(work.completions, inputs, fixed, most), written
 
     def _losses(self, request: Losses) -> Question:
+        groups, counts, items = self._following(request)
+        return Call(work.losses, items, (), _per_batch(groups)), lambda found: (_in_order(groups, found), counts)
+
+    def _likelihoods(self, request: Likelihoods) -> Question:
+        groups, _, items = self._following(request)
+
+        def scored(found: list[Tensor]) -> tuple[Tensor, Tensor]:
+            sums, greedy = _in_order(groups, found).unbind(1)
+            return sums, greedy.bool()
+
+        return Call(work.likelihoods, items, (), _per_batch(groups)), scored
+
+    def _following(self, request: Losses | Likelihoods) -> tuple[list[Batch], Tensor, tuple[Any, ...]]:
+        """Batch prompts with their completions: the batches, the completions' lengths, and what the work is given."""
         counts = torch.tensor([len(completion) for completion in request.completions])
         whole = [prompt + made for prompt, made in zip(request.prompts, request.completions, strict=True)]
         groups = self._batches(whole)
@@ -305,8 +321,7 @@ class RemoteEngine:
             width, ends = targets(group, counts)
             counted = counted_from(program, counts[list(group.indices), None])
             items.append((group.repeated(1), counted, ends, width))
-        call = Call(work.losses, tuple(items), (), _per_batch(groups))
-        return call, lambda found: (_in_order(groups, found), counts)
+        return groups, counts, tuple(items)
 
     def _cosines(self, request: Cosines) -> Question:
         check_lengths(request.prompts, (request.position,))

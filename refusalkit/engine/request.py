@@ -147,6 +147,15 @@ class CompletionKL:
 
 
 @dataclass(frozen=True, eq=False)
+class Likelihoods:
+    """Score given completions; answered by (log-likelihoods [prompt] float64 in nats, whether greedy [prompt])."""
+
+    prompts: Sequence[Tokens]
+    completions: Sequence[Tokens]
+    intervention: Intervention
+
+
+@dataclass(frozen=True, eq=False)
 class Projections:
     """Measure the component at one place along a direction, behind the edits; answered by [intervention, prompt]."""
 
@@ -157,7 +166,8 @@ class Projections:
     place: Place
 
 
-Request = Capture | Scores | States | Openings | Readings | Completions | Losses | Cosines | CompletionKL | Projections
+Asked = Capture | Scores | States | Openings | Readings | Completions | Losses | Cosines
+Request = Asked | CompletionKL | Likelihoods | Projections
 
 
 def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
@@ -175,12 +185,18 @@ def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
             return _readings(engine, request)
         case Completions(prompts, intervention, max_new_tokens):
             return engine.generate(prompts, intervention, max_new_tokens, advance)
-        case Losses(prompts, completions, intervention):
-            return engine.losses(prompts, completions, intervention)
-        case CompletionKL(prompts, completions, interventions):
-            return engine.completion_kl(prompts, completions, interventions)
+        case Losses() | Likelihoods() | CompletionKL():
+            return _following(engine, request)
         case Cosines() | Projections():
             return _along(engine, request, advance)
+
+
+def _following(engine: Engine, request: Losses | Likelihoods | CompletionKL) -> tuple[Tensor, Tensor]:
+    prompts, completions = request.prompts, request.completions
+    if isinstance(request, CompletionKL):
+        return engine.completion_kl(prompts, completions, request.interventions)
+    follow = engine.likelihoods if isinstance(request, Likelihoods) else engine.losses
+    return follow(prompts, completions, request.intervention)
 
 
 def _along(engine: Engine, request: Cosines | Projections, advance: Advance | None) -> Tensor:

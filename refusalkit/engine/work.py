@@ -16,7 +16,7 @@ import nnsight
 import torch
 from torch import Tensor
 
-from refusalkit.algebra import kl_along, kl_nats, refusal_score, unit
+from refusalkit.algebra import all_greedy, completion_loss, kl_along, kl_nats, refusal_score, unit
 from refusalkit.engine.blocks import (
     Inputs,
     completion_losses,
@@ -193,6 +193,16 @@ def losses(model: Any, batches: Sequence[tuple[Inputs, Program, tuple[Tensor, Te
         completion_losses(model, inputs, program, targets, {"logits_to_keep": width, "use_cache": False}).cpu()
         for inputs, program, targets, width in batches
     ]
+
+
+def likelihoods(model: Any, batches: Sequence[tuple[Inputs, Program, tuple[Tensor, Tensor], int]]) -> list[Tensor]:
+    """Return for every batch the log-likelihood of its target tokens and whether all are greedy: [row, 2] float64."""
+    found = []
+    for inputs, program, (token_ids, mask), width in batches:
+        logits = kept_logits(model, inputs, program, {"logits_to_keep": width, "use_cache": False})
+        sums = completion_loss(logits, token_ids, mask)
+        found.append(torch.stack([-sums, all_greedy(logits, token_ids, mask).double()], 1).cpu())
+    return found
 
 
 def completion_kl(model: Any, batches: Sequence[tuple[Inputs, Sequence[Program], Tensor, int]]) -> list[Tensor]:
