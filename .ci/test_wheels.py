@@ -70,6 +70,12 @@ def test_adapters_are_listed_and_suggested() -> None:
     assert (done.returncode, "did you mean 'template_smollm3'?" in done.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("name", [name for kind, name in NAMED if kind == "commands"])
+def test_commands_are_listed_and_explain_themselves(name: str) -> None:
+    assert f" {name} " in refusalkit("--help").stdout
+    assert f"refusalkit {name} [OPTIONS]" in refusalkit(name, "--help").stdout
+
+
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_plugins_obey_the_laws(plugin: str) -> None:
     done = refusalkit("plugin", "check", plugin)

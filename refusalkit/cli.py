@@ -17,7 +17,7 @@ import typer
 
 from refusalkit import safety_commands
 from refusalkit.errors import InputError, Interrupted, RefusalkitError
-from refusalkit.plugin_commands import plugin_app
+from refusalkit.plugin_commands import Commands, plugin_app
 
 if TYPE_CHECKING:
     from refusalkit.batch import Batch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="refusalkit",
+    cls=Commands,
     help="Find, measure and repair the refusal direction of language models, from a recipe.",
     no_args_is_help=True,
     add_completion=False,

@@ -28,6 +28,7 @@ from refusalkit import hookspecs, testing
 from refusalkit.adapter import Adapter, Family, Gain, Matrix, Refusal, Write
 from refusalkit.arithmetic import OPERATIONS
 from refusalkit.cli import app
+from refusalkit.command import Command
 from refusalkit.interchange.content import Trait
 from refusalkit.interchange.formats import FORMATS
 from refusalkit.intervention import ActivationSpec, Direction, Edit, Gate, Intervention, InterventionSpec
@@ -270,6 +271,7 @@ _BASES: dict[str, tuple[tuple[type, ...], Callable[..., Any]]] = {
     ),
     "metrics": ((Metric, Evidence, Values), testing.check_metric),
     "prompt_sources": ((PromptSource,), testing.check_prompt_source),
+    "commands": ((Command,), testing.check_command),
 }
 
 
@@ -284,8 +286,9 @@ def hooks_page(registry: Registry) -> str:
         for base in bases:
             lines += ["", f"### `{base.__name__}`", "", *_paragraphs(base), "", *_members(base)]
         lines += ["", "### Laws", "", *_wrapped(f"`refusalkit.testing.{laws.__name__}`: {_doc(laws)}")]
-        lines += ["", "### Built in", ""]
-        for name, value in getattr(registry, kind).items():
+        built_in = getattr(registry, kind)
+        lines += ["", "### Built in", ""] if built_in else []
+        for name, value in built_in.items():
             lines += _item(f"`{name}`, from {registry.owner(hook, name).name}", _about(value))
     return "\n".join(lines) + "\n"
 

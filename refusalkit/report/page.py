@@ -43,10 +43,13 @@ def render_html(run: Run, *, show_completions: bool = False) -> str:
     )
 
 
-def render(template: str, **values: Any) -> str:
-    """Fill one of the templates, with the style and the scripts that every page carries in itself."""
+def render(template: str, *, package: str = "refusalkit.report", **values: Any) -> str:
+    """Fill a template, with the style and the scripts that every page carries in itself.
+
+    One of another `package` can extend and import ours.
+    """
     environment = Environment(
-        loader=FunctionLoader(_packaged),
+        loader=FunctionLoader(lambda name: _packaged(name, package if name == template else "refusalkit.report")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -61,8 +64,8 @@ def render(template: str, **values: Any) -> str:
     )
 
 
-def _packaged(name: str) -> str:
-    return resources.files("refusalkit.report").joinpath(name).read_text(encoding="utf-8")
+def _packaged(name: str, package: str = "refusalkit.report") -> str:
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 @cache
