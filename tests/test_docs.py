@@ -222,6 +222,12 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
+def test_every_page_is_named_where_readers_start() -> None:
+    start = (DOCS / "index.md").read_text(encoding="utf-8")
+    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} - {"index.md"}
+    assert {page for page in pages if f"({page})" not in start} == set()
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
 

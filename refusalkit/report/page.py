@@ -13,6 +13,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from refusalkit.report import tables
+from refusalkit.report.chance import chance
 from refusalkit.report.charts import Figure, figures, svg
 from refusalkit.report.completions import examples
 from refusalkit.report.finding import sentence
@@ -35,6 +36,7 @@ def render_html(run: Run, *, show_completions: bool = False) -> str:
         **_found(run),
         **_figures(run),
         **_numbers(run),
+        chance=chance(run.folder.name, run.evaluation),
         harmless=examples(run, "harmless", show_completions=show_completions),
         over_refusal=examples(run, "over_refusal", show_completions=show_completions),
         harmful=examples(run, "harmful", show_completions=show_completions),

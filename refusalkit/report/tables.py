@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from refusalkit.artifacts import Choice, Evaluation, Result, WeightEdit
 from refusalkit.metric import Side
+from refusalkit.report.changes import Change
 from refusalkit.report.heat_map import scores
 from refusalkit.report.measured import find, in_order, is_control, sides
-from refusalkit.report.wording import number, with_interval
+from refusalkit.report.wording import difference, number, p_value, with_interval
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,26 @@ def _column(results: Sequence[Result], metric: str, side: Side) -> Column:
 def _cell(results: Sequence[Result], label: str, column: Column) -> Cell:
     result = find(results, label, column.side, column.metric)
     return Cell(with_interval(result), result.n if result is not None and column.n is None else None)
+
+
+@dataclass(frozen=True)
+class ChangeRow:
+    """Hold one difference as text."""
+
+    what: str
+    beside: str
+    metric: str
+    side: Side
+    change: str
+    p: str
+    marked: bool
+
+
+def change_row(change: Change, what: str, beside: str) -> ChangeRow:
+    """Write a difference under what it is the difference of."""
+    second = change.second
+    text = difference(change.found, second.kind)
+    return ChangeRow(what, beside, second.metric, second.prompts, text, p_value(change.p), change.marked)
 
 
 @dataclass(frozen=True)
