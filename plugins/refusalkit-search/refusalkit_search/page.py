@@ -59,7 +59,7 @@ def _compared(found: Found, name: str, trial: Trial) -> dict[str, Any]:
     tested = [with_interval(found.tested(name, each)) for each in found.objectives]
     return {
         "name": NAMES[name],
-        "link": f"test/{name}/report.html",
+        "link": f"test/{name}/report.html" if name in found.tests else None,
         "cells": [cell for pair in zip(on_validation(found, trial), tested, strict=True) for cell in pair],
         "values": _values(trial),
     }

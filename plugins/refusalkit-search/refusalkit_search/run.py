@@ -83,10 +83,10 @@ def run_search(setup: Setup, folder: Path, budget: Budget, progress: Progress) -
         _claim(setup, folder, budget)
         bench = Bench(setup, folder)
         found = _tried(bench, budget, progress)
-        chosen = {"fixed": found.fixed, "random": found.rival, "search": found.chosen}
         progress.stage("test", "running")
-        named = {run: trial for run, trial in chosen.items() if trial is not None}
-        for number, (run, trial) in enumerate(named.items()):
+        # A recipe that came to nothing on validation prompts has chosen no direction to test.
+        named = [(run, trial) for run, trial in found.compared() if trial.measured is not None]
+        for number, (run, trial) in enumerate(named):
             progress.advance("runs", number, len(named))
             found.tests[run] = bench.test(run, trial.values)
         progress.stage("test", "done")

@@ -139,6 +139,16 @@ def test_limits_that_nothing_keeps_leave_nothing_to_choose(tmp_path: Path) -> No
     assert "None of 2 trials keeps the limits" in (tmp_path / "out" / "search.html").read_text(encoding="utf-8")
 
 
+def test_a_recipe_that_comes_to_nothing_is_no_end_of_the_search(tmp_path: Path) -> None:
+    space = "space:\n  select: [{selector: fixed, layer: 4}, {selector: fixed, layer: 5}]\n"
+    asked = written(tmp_path, space + OBJECTIVES, "select={selector: causal, min_induced_score: 1000}")
+    found = run_search(asked, tmp_path / "out", Budget(1, 0), Silent())
+    assert found.fixed.measured is None
+    assert "candidates survives" in str(found.fixed.reason)
+    assert list(found.tests) == ["random", "search"]
+    assert "the recipe as it is" in (tmp_path / "out" / "search.html").read_text(encoding="utf-8")
+
+
 # Stopped and taken up
 
 
