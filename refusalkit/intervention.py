@@ -50,6 +50,16 @@ class Edit:
         return self.remove, self.add, self.turn, self.along
 
 
+@dataclass(frozen=True)
+class Place:
+    """Name where one hidden state of a prompt is."""
+
+    site: Site
+    layer: int
+    position: int
+    """Negative, counted from the end of the prompt."""
+
+
 @dataclass(frozen=True, eq=False)
 class Gate:
     """Decide for each prompt, as it is read, whether the gated edits apply; the decision holds for its completion."""
@@ -108,6 +118,11 @@ class Direction:
     def main(self) -> Tensor:
         """The direction [d_model] as found; of a subspace, the first row."""
         return self.vector.reshape(-1, self.vector.shape[-1])[0]
+
+    @property
+    def place(self) -> Place:
+        """Where it was found."""
+        return Place(self.site, self.layer, self.position)
 
     @property
     def basis(self) -> Tensor:

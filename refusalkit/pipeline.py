@@ -192,7 +192,7 @@ def _run(runner: Runner, until: str) -> None:
 
 
 def _evaluate(runner: Runner, found: tuple[Activations, Choice], splits: PromptSplits) -> Evaluation:
-    section = runner.plan.recipe.evaluate
+    section = runner.plan.evaluate
     unmodified, _ = runner.obtain(Unmodified, lambda: evaluate.complete(section, splits, runner.bench()))
     return evaluate.evaluate(section, found, splits, unmodified, runner.bench())
 

@@ -9,27 +9,30 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import refusalkit
 from refusalkit.arithmetic import Find, content, fitted
 from refusalkit.artifacts import AS_FOUND, LAYER_CONVENTION, Split
 from refusalkit.checkpoint import Checkpoint, open_checkpoint
 from refusalkit.errors import InputError, nearest
-from refusalkit.metric import SIDES, Side
+from refusalkit.metric import SIDES, Side, TextMetric
+from refusalkit.prompt_source import Passage, PromptSource
 from refusalkit.prompt_split import check_leaks, in_proportion, split_pool, without_duplicates
-from refusalkit.recipe import PromptFiles, PromptsSection, Recipe
+from refusalkit.recipe import EvaluateSection, PromptFiles, PromptsSection, Recipe
 from refusalkit.registry import Registry
 from refusalkit.selector import Selector
-from refusalkit.stages.evaluate import WRITTEN
+from refusalkit.stages.asking import WRITTEN
 from refusalkit.stages.prompts import Request
 from refusalkit.store import STAGES, content_key
 from refusalkit.strategy import Setting
 from refusalkit.template import ChatTemplate, Thinking
 
+T = TypeVar("T")
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 #: Ends the key of captured activations that hold every prompt's. What follows from the means does not depend on it.
 _SAMPLES = "+samples"
@@ -48,6 +51,8 @@ class Plan:
     """The content key of every stage, and of the unmodified model's completions (`baseline`)."""
     find: Find
     """The section `find` as it runs on this model, its files looked up."""
+    evaluate: EvaluateSection
+    """The section `evaluate` as it runs, the texts of its metrics read."""
     host: str | None = None
     """The NDIF server the model runs on; None for this machine."""
     keeps_samples: bool = False
@@ -139,8 +144,9 @@ def make_plan(
             checkpoint.d_model,
         ),
     )
-    keys = _keys(recipe, find, registry, checkpoint, (template, request))
-    return Plan(recipe, registry, checkpoint, template, request, keys, find, _host(recipe), keeps_samples)
+    evaluate = _with_texts(recipe.evaluate, folder, registry)
+    keys = _keys((recipe, find, evaluate), registry, checkpoint, (template, request))
+    return Plan(recipe, registry, checkpoint, template, request, keys, find, evaluate, _host(recipe), keeps_samples)
 
 
 def _sides(find: Find) -> tuple[Side, ...]:
@@ -349,6 +355,35 @@ def _at_most(prompts: tuple[str, ...], size: int, seed: int) -> tuple[str, ...]:
 
 def read_source(address: str, folder: Path, registry: Registry, where: str) -> Mapping[str, tuple[str, ...]]:
     """Read the prompts at `scheme:address`."""
+    source, rest = _source(address, registry, where)
+    return _read(partial(source.read, rest, folder), where)
+
+
+def _with_texts(section: EvaluateSection, folder: Path, registry: Registry) -> EvaluateSection:
+    """Read the texts of the metrics that look at some."""
+    metrics = tuple(
+        metric.holding(_texts(metric, folder, registry)) if isinstance(metric, TextMetric) else metric
+        for metric in section.metrics
+    )
+    return section.model_copy(update={"metrics": metrics})
+
+
+def _texts(metric: TextMetric, folder: Path, registry: Registry) -> tuple[Passage, ...]:
+    where = f"evaluate.metrics: {metric.metric}.source"
+    if not metric.answered:
+        found = read_source(metric.source, folder, registry, where)
+        return tuple(Passage(text) for text in _only(found, "test"))
+    source, rest = _source(metric.source, registry, where)
+    if source.read_answered is None:
+        answering = [scheme for scheme, each in registry.prompt_sources.items() if each.read_answered is not None]
+        raise InputError(
+            f"{source.scheme}: has prompts and no answers", where=where, hint=f"take one of {', '.join(answering)}"
+        )
+    return _read(partial(source.read_answered, rest, folder), where)
+
+
+def _source(address: str, registry: Registry, where: str) -> tuple[PromptSource, str]:
+    """Return the source that an address names, and the rest of the address."""
     scheme, separator, rest = address.partition(":")
     source = registry.prompt_sources.get(scheme)
     if source is None or not separator:
@@ -356,8 +391,12 @@ def read_source(address: str, folder: Path, registry: Registry, where: str) -> M
         schemes = f"the schemes are {', '.join(known)}"
         hint = nearest(scheme, known) if separator else f"write SCHEME:ADDRESS, such as file:{address}; {schemes}"
         raise InputError(f"{address!r} names no prompt source", where=where, hint=hint)
+    return source, rest
+
+
+def _read(read: Callable[[], T], where: str) -> T:
     try:
-        return source.read(rest, folder)
+        return read()
     except InputError as error:
         # The source knows the file and the line; which side and split it was read for is known here.
         error.where = f"{where}: {error.where}" if error.where else where
@@ -365,8 +404,7 @@ def read_source(address: str, folder: Path, registry: Registry, where: str) -> M
 
 
 def _keys(
-    recipe: Recipe,
-    find: Find,
+    as_run: tuple[Recipe, Find, EvaluateSection],
     registry: Registry,
     checkpoint: Checkpoint,
     prompts: tuple[ChatTemplate, Request],
@@ -375,14 +413,15 @@ def _keys(
 
     What only some recipes have is left out of the keys of the others.
     """
-    template, request = prompts
+    (recipe, find, evaluate), (template, request) = as_run, prompts
+    texts = {metric.label: metric.texts for metric in evaluate.metrics if isinstance(metric, TextMetric)}
     others = [strategy.strategy for strategy in find.strategies[1:]]
     extra_sides = [side for side in _sides(find) if side == "over_refusal"]
 
     def owner(kind: str, name: str) -> str:
         return str(registry.owner(f"refusalkit_{kind}", name))
 
-    evaluate, model = recipe.evaluate, recipe.model
+    model = recipe.model
     own: dict[str, dict[str, Any]] = {
         "prompts": {
             "model": [model.id, checkpoint.revision, model.dtype, model.quantize],
@@ -409,6 +448,7 @@ def _keys(
             "section": evaluate.model_dump(mode="json", serialize_as_any=True),
             "owners": [owner("interventions", name) for spec in evaluate.interventions for name in spec.names]
             + [owner("metrics", metric.metric) for metric in evaluate.metrics],
+            **({"texts": {label: list(map(astuple, read)) for label, read in texts.items()}} if texts else {}),
         },
     }
     keys: dict[str, str] = {}

@@ -9,6 +9,7 @@ from typing import Any
 from refusalkit.artifacts import Split
 from refusalkit.batch import Batch
 from refusalkit.checkpoint import Checkpoint
+from refusalkit.metric import TextMetric
 from refusalkit.plan import SPLITS, Plan, gradients
 from refusalkit.recipe import Recipe
 from refusalkit.remote_cost import costs
@@ -43,7 +44,7 @@ def describe(plan: Plan, out: Path) -> str:
         ("find", f"{plan.find.label}: {'at most ' if plan.find.needs_model else ''}{plan.n_candidates} candidates"),
         ("select", f"{recipe.select.selector}, {_options(recipe.select)}"),
         ("evaluate", ", ".join(spec.label for spec in recipe.evaluate.interventions)),
-        ("", ", ".join(metric.metric for metric in recipe.evaluate.metrics)),
+        ("", ", ".join(metric.label for metric in recipe.evaluate.metrics)),
         *_gradients(recipe),
         *[("forward" if number == 0 else "", text) for number, text in enumerate(_passes(plan))],
         ("out", str(out)),
@@ -128,10 +129,13 @@ def _passes(plan: Plan) -> list[str]:
     controls = sum(not spec.on_weights for spec in acting) * plan.recipe.evaluate.n_controls
     # What a gate does is compared with a pass of its own.
     cases = 1 + len(acting) + controls + any(spec.gated for spec in acting)
+    texts = sum(len(metric.texts) for metric in plan.evaluate.metrics if isinstance(metric, TextMetric))
+    of_texts = f", {(1 + len(acting) + controls) * texts} of texts" if texts else ""
     return [
         f"prompts {read + sum(validation.values())} passes of one prompt, capture at most {captured}",
         f"select {selecting if plan.recipe.select.runs_model else 'none'}",
-        f"evaluate {cases * test} and as many completions of up to {plan.recipe.evaluate.max_new_tokens} tokens",
+        f"evaluate {cases * test} and as many completions of up to {plan.recipe.evaluate.max_new_tokens} tokens"
+        f"{of_texts}",
     ]
 
 

@@ -154,7 +154,7 @@ class EvaluateSection(Section):
             raise ValueError("lists nothing to measure")
         for number, item in enumerate(listed):
             if item in listed[:number]:
-                raise ValueError(f"lists {item.label if isinstance(item, InterventionSpec) else item.metric} twice")
+                raise ValueError(f"lists {item.label} twice")
         return listed
 
 

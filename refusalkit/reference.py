@@ -31,9 +31,9 @@ from refusalkit.cli import app
 from refusalkit.command import Command
 from refusalkit.interchange.content import Trait
 from refusalkit.interchange.formats import FORMATS
-from refusalkit.intervention import ActivationSpec, Direction, Edit, Gate, Intervention, InterventionSpec
-from refusalkit.metric import Evidence, Metric, Values
-from refusalkit.prompt_source import PromptSource
+from refusalkit.intervention import ActivationSpec, Direction, Edit, Gate, Intervention, InterventionSpec, Place
+from refusalkit.metric import SIDES, Evidence, Metric, TextMetric, Values
+from refusalkit.prompt_source import Passage, PromptSource
 from refusalkit.recipe import PromptFiles, recipe_type
 from refusalkit.registry import Registry, load_registry
 from refusalkit.selector import Attribution, Measure, Score, SelectInputs, Selection, Selector, Subject
@@ -120,12 +120,20 @@ def _described(where: str, providers: Mapping[str, type[BaseModel]]) -> list[str
         keys = [line for key, field in options.items() for line in _key(key, field, helps.get(key))]
         if _shared(provider):
             keys += _item("`layers`, `where`, `steps`", "see below")
+        lines += ["", *_wrapped(_measured(provider))] if issubclass(provider, Metric) else []
         lines += ["", *keys] if keys else []
     if any(map(_shared, providers.values())):
         lines += ["", f"### `{where}`: `layers`, `where`, `steps`", "", *_wrapped(_WINDOWS), ""]
         fields = ActivationSpec.model_fields
         lines += [line for key in _shared(ActivationSpec) for line in _key(key, fields[key])]
     return lines
+
+
+def _measured(metric: type[Metric]) -> str:
+    """Say what the numbers of a metric are, and what they rest on."""
+    sides = "of every side" if metric.sides == SIDES else f"that are {' or '.join(metric.sides)}"
+    over = "texts" if issubclass(metric, TextMetric) else f"prompts {sides}"
+    return f"A {metric.kind} over {over}. Unit: {metric.unit}. Needs: `{metric.needs}`."
 
 
 _WINDOWS = "Whatever acts on activations can be kept to some layers, some tokens and some decode steps."
@@ -266,11 +274,11 @@ _BASES: dict[str, tuple[tuple[type, ...], Callable[..., Any]]] = {
         testing.check_selector,
     ),
     "interventions": (
-        (InterventionSpec, ActivationSpec, Direction, Intervention, Edit, Gate),
+        (InterventionSpec, ActivationSpec, Direction, Place, Intervention, Edit, Gate),
         testing.check_intervention,
     ),
-    "metrics": ((Metric, Evidence, Values), testing.check_metric),
-    "prompt_sources": ((PromptSource,), testing.check_prompt_source),
+    "metrics": ((Metric, TextMetric, Evidence, Values), testing.check_metric),
+    "prompt_sources": ((PromptSource, Passage), testing.check_prompt_source),
     "commands": ((Command,), testing.check_command),
 }
 

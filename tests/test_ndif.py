@@ -137,6 +137,19 @@ def test_gates_windows_and_turns_end_as_they_do_here(
     assert_same_run(run(recipe, *settings), run(recipe, *settings, on=request.getfixturevalue(actor)))
 
 
+@pytest.mark.parametrize("actor", ["plain", "sandbox"])
+def test_every_metric_ends_as_it_does_here_in_one_job_more(
+    actor: str, recipe: Path, run: Callable[..., Path], request: pytest.FixtureRequest
+) -> None:
+    metrics = "refusal_rate, token_kl, perplexity, repetition, projection, cross_entropy"
+    texts = "text_cross_entropy, {metric: answer_cross_entropy, source: 'tiny:harmless', most: 8}"
+    settings = ("evaluate.interventions=[ablate, steer]", f"evaluate.metrics=[{metrics}, {texts}]")
+    remote = run(recipe, *settings, on=request.getfixturevalue(actor))
+    assert_same_run(run(recipe, *settings), remote)
+    # What the unmodified model writes, everything else, and what was written, read back.
+    assert jobs_of(remote)["evaluate"]["jobs"] == 3
+
+
 def test_samples_come_back_for_strategies_that_need_them(plain: Server, recipe: Path, run: Callable[..., Path]) -> None:
     settings = ("find=pca", "select.selector=fixed", "select.layer=4")
     assert_same_run(run(recipe, *settings), run(recipe, *settings, on=plain))

@@ -11,7 +11,15 @@ from refusalkit.metric import SIDES, Side
 
 BASELINE = "none"
 #: Metrics that say what an intervention breaks.
-COSTS = ("kl", "cross_entropy", "perplexity")
+COSTS = (
+    "kl",
+    "token_kl",
+    "cross_entropy",
+    "text_cross_entropy",
+    "answer_cross_entropy",
+    "perplexity",
+    "repetition",
+)
 _CONTROL = re.compile(r"_random(?:[_#]?\d+)?|_shuffled")
 
 
@@ -57,9 +65,14 @@ def metrics(evaluation: Evaluation, kind: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def is_cost(metric: str) -> bool:
+    """Tell whether a metric, its options aside, says what an intervention breaks; none of these is below zero."""
+    return metric.partition("(")[0] in COSTS
+
+
 def costs_first(names: Iterable[str]) -> tuple[str, ...]:
     """Put the metrics that say what an intervention breaks before the others."""
-    return tuple(sorted(names, key=lambda name: name not in COSTS))
+    return tuple(sorted(names, key=lambda name: not is_cost(name)))
 
 
 def find(results: Sequence[Result], intervention: str, side: Side, metric: str) -> Result | None:

@@ -339,12 +339,15 @@ def check_metric(metric: Metric) -> tuple[Law, ...]:
             prompts=("a", "b", "c", "d"),
             opener_ids=(1, 2),
             completions=texts,
+            completion_ids=((3, 1, 4), (1, 5, 9, 2, 6), (), (5, 3, 5, 3, 5, 3)),
             refusal_scores=torch.randn(4, generator=generator, dtype=torch.float64),
             kl_nats=torch.rand(4, generator=generator, dtype=torch.float64),
             logits=logits,
             baseline_logits=logits + 0.1 * torch.randn((4, 16), generator=generator),
             losses=torch.rand(4, generator=generator, dtype=torch.float64) * 9,
-            n_tokens=torch.tensor([3, 4, 5, 6]),
+            token_kl=torch.rand(4, generator=generator, dtype=torch.float64) * 9,
+            n_tokens=torch.tensor([3, 5, 0, 6]),
+            projections=torch.randn(4, generator=generator, dtype=torch.float64),
         )
         first, second = metric.measure(evidence), metric.measure(evidence)
         broken += len(first.values) != 4

@@ -65,7 +65,7 @@ class Setup:
         asked = evaluate.model_copy(
             update={
                 "interventions": tuple(evaluate.interventions[index] for index in places),
-                "metrics": tuple(metric for metric in evaluate.metrics if metric.metric in named),
+                "metrics": tuple(metric for metric in evaluate.metrics if metric.label in named),
                 "controls": 0,
             }
         )
@@ -167,7 +167,7 @@ def _check_key(key: str, setup: Setup) -> None:
 
 def _check_objective(objective: Objective, base: Recipe, where: Any) -> None:
     """Refuse an objective that the recipe does not measure."""
-    metrics: dict[str, Metric] = {metric.metric: metric for metric in base.evaluate.metrics}
+    metrics: dict[str, Metric] = {metric.label: metric for metric in base.evaluate.metrics}
     if objective.metric not in metrics:
         raise InputError(
             f"the recipe does not measure {objective.metric!r}",

@@ -101,7 +101,7 @@ class Objective(Section):
     """Name one number of the evaluation and say which way is better."""
 
     metric: str
-    """A metric of the recipe's `evaluate.metrics`."""
+    """A metric of the recipe's `evaluate.metrics`, as tables name it."""
     prompts: Side
     """The prompts it is taken on."""
     goal: Literal["minimize", "maximize"]
