@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 Side = Literal["harmful", "harmless", "over_refusal"]
 SIDES: tuple[Side, ...] = get_args(Side)
 Need = Literal["completions", "scores", "logits", "losses"]
+#: What a one says of a completion: that it refuses, or that it holds something harmful.
+Verdict = Literal["refused", "harmful"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,7 @@ class Values:
     """Hold one number a prompt, from which the stage takes the mean and its interval."""
 
     values: tuple[float, ...]
+    """Not-a-number where it cannot be told: counted as missing, and in no mean."""
     weights: tuple[float, ...] | None = None
     """What each prompt counts; None for equally. The cross-entropy is a mean over tokens, so prompts count by them."""
 
@@ -65,6 +68,29 @@ class Metric(BaseModel, ABC):
     needs: ClassVar[Need]
     sides: ClassVar[tuple[Side, ...]] = SIDES
     """The sides on which the number means something."""
+
+    @property
+    def label(self) -> str:
+        """What it is called in tables: no two metrics of a recipe may be called the same."""
+        return self.metric
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What a one says of a completion, for a rate over completions; such verdicts are compared with each other."""
+        return None
+
+    @property
+    def parts(self) -> tuple[Metric, ...]:
+        """What is measured in its place: a metric that counts several things has a part for each."""
+        return (self,)
+
+    @property
+    def sends_to(self) -> str | None:
+        """The host that gets the prompts and their completions; None where nothing leaves this machine."""
+        return None
+
+    def check(self) -> None:
+        """Raise `InputError`, before anything runs, for what it needs and this machine does not have."""
 
     @abstractmethod
     def measure(self, evidence: Evidence) -> Values:

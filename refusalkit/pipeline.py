@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 import refusalkit
+from refusalkit.agreement import agreements
 from refusalkit.artifacts import (
     Activations,
     Artifact,
@@ -314,8 +315,12 @@ def summary(recipe: str, model: Mapping[str, str | None], choice: Choice, result
         },
         "evaluation": [
             # Through JSON text, which writes a number that is none (no prompt had a value) as null.
-            json.loads(result.model_dump_json(include=_SUMMARISED))
+            json.loads(result.model_dump_json(include=_SUMMARISED)) | {"missing": result.missing}
             for result in results
+        ],
+        "agreement": [
+            {key: None if isinstance(value, float) and isnan(value) else value for key, value in row._asdict().items()}
+            for row in agreements(results)
         ],
     }
 

@@ -123,6 +123,8 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples
     )
     _check_sides(recipe)
     _check_finds_again(recipe)
+    for metric in recipe.evaluate.metrics:
+        metric.check()
     find = fitted(
         recipe.find,
         Setting(

@@ -11,7 +11,7 @@ from refusalkit.artifacts import Evaluation, Result
 from refusalkit.report.charts import Figure, file_name, words
 from refusalkit.report.comparison import Change, Comparison, Entry, alignment, differing
 from refusalkit.report.intervals import chart
-from refusalkit.report.measured import BASELINE, controls_of, costs_first, interventions, metrics
+from refusalkit.report.measured import BASELINE, controls_of, costs_first, interventions, metrics, without_number
 from refusalkit.report.page import placed, render
 from refusalkit.report.tables import Table, by_intervention
 from refusalkit.report.wording import MINUS, NOTHING_TO_SHOW, count, duration, number, percent, points, with_interval
@@ -151,7 +151,7 @@ def _section(comparison: Comparison, label: str) -> dict[str, Any]:
     )
     means = costs_first(metrics(renamed, "mean"))
     shown = [*metrics(renamed, "rate"), *means]
-    table = _marked(by_intervention(renamed, shown), comparison, label)
+    table = _marked(by_intervention(renamed, [*shown, *without_number(renamed)]), comparison, label)
     figures = [_figure(renamed.results, metric, label) for metric in shown]
     return {"label": label, "figures": [placed(figure) for figure in figures], "table": table}
 

@@ -51,6 +51,12 @@ def metrics(evaluation: Evaluation, kind: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def without_number(evaluation: Evaluation) -> tuple[str, ...]:
+    """Return the names of the metrics whose values are all missing."""
+    shown = {row.metric for row in evaluation.results if math.isfinite(row.value)}
+    return tuple(dict.fromkeys(row.metric for row in evaluation.results if row.missing and row.metric not in shown))
+
+
 def costs_first(names: Iterable[str]) -> tuple[str, ...]:
     """Put the metrics that say what an intervention breaks before the others."""
     return tuple(sorted(names, key=lambda name: name not in COSTS))
@@ -65,6 +71,6 @@ def find(results: Sequence[Result], intervention: str, side: Side, metric: str) 
 
 
 def sides(results: Iterable[Result], metric: str) -> tuple[Side, ...]:
-    """Return the sides on which a metric was taken."""
-    seen = {row.prompts for row in results if row.metric == metric and math.isfinite(row.value)}
+    """Return the sides on which a metric was taken, those included where every value is missing."""
+    seen = {row.prompts for row in results if row.metric == metric and (math.isfinite(row.value) or row.missing)}
     return tuple(side for side in SIDES if side in seen)

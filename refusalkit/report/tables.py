@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from refusalkit.agreement import Agreement
 from refusalkit.artifacts import Choice, Evaluation, Result, WeightEdit
 from refusalkit.metric import Side
 from refusalkit.report.heat_map import scores
 from refusalkit.report.measured import find, in_order, is_control, sides
-from refusalkit.report.wording import number, with_interval
+from refusalkit.report.wording import number, percent, side_name, with_interval
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,25 @@ def _column(results: Sequence[Result], metric: str, side: Side) -> Column:
 def _cell(results: Sequence[Result], label: str, column: Column) -> Cell:
     result = find(results, label, column.side, column.metric)
     return Cell(with_interval(result), result.n if result is not None and column.n is None else None)
+
+
+@dataclass(frozen=True)
+class AgreementRow:
+    """Hold what the page says of two judges on one side."""
+
+    metrics: tuple[str, str]
+    side: str
+    n: int
+    share: str
+    kappa: str
+
+
+def agreement_rows(agreements: Sequence[Agreement]) -> list[AgreementRow]:
+    """Write how far every two judges agree."""
+    return [
+        AgreementRow((row.first, row.second), side_name(row.prompts), row.n, percent(row.share), number(row.kappa, 2))
+        for row in agreements
+    ]
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,18 @@ def percent(value: float) -> str:
 
 
 def with_interval(result: Result | None) -> str:
-    """Write a result with its 95% interval: `98% [92, 100]`, `−7.10 [−7.62, −6.51]`."""
-    if result is None or not math.isfinite(result.value):
+    """Write a result with its 95% interval: `98% [92, 100]`, `−7.10 [−7.62, −6.51]`, `50% [22, 78] (8 of 16 missing)`.
+
+    A number that leaves prompts out never stands without saying how many.
+    """
+    if result is None:
+        return NOTHING_TO_SHOW
+    left_out = f" ({result.missing} of {len(result.values)} missing)" if result.missing else ""
+    return _number_with_interval(result) + left_out
+
+
+def _number_with_interval(result: Result) -> str:
+    if not math.isfinite(result.value):
         return NOTHING_TO_SHOW
     known = math.isfinite(result.low) and math.isfinite(result.high)
     if result.kind == "rate":

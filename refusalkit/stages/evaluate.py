@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 from typing import Any, Literal
 
 import torch
@@ -133,15 +134,17 @@ def evaluate(
             outcomes.update(made)
             edits.append(edit)
         _check(case, *({each.side: outcomes[label, each.side] for each in asked} for label in (case.label, "none")))
-    results: list[Result] = []
-    generated = []
-    for case in cases:
-        for each in asked:
-            numbers, texts = _results(case, each, outcomes[case.label, each.side], section.seed, bench)
-            results += numbers
-            generated += texts
+    evidence = {
+        (case.label, each.side): _evidence(each, outcomes[case.label, each.side], bench)
+        for case in cases
+        for each in asked
+    }
+    results = _measured(section, evidence, bench)
     return Evaluation(
-        results=tuple(results), generated=tuple(generated), separation=separation, weight_edits=tuple(edits)
+        results=results,
+        generated=_generated(evidence, results),
+        separation=separation,
+        weight_edits=tuple(edits),
     )
 
 
@@ -183,11 +186,15 @@ def _asked(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tupl
             bench.tokens(splits.of(side, "test")),
             bench.openings(splits.of(side, "test")),
             splits.openers.token_ids,
-            tuple(metric for metric in section.metrics if side in metric.sides),
+            tuple(part for part in _parts(section) if side in part.sides),
             section.max_new_tokens,
         )
         for side in splits.sides
     )
+
+
+def _parts(section: EvaluateSection) -> list[Metric]:
+    return [part for metric in section.metrics for part in metric.parts]
 
 
 def _on_activations(
@@ -306,16 +313,14 @@ def _why_nothing(intervention: Intervention) -> str:
     )
 
 
-def _results(
-    case: Case, asked: Asked, outcome: Outcome, seed: int, bench: Bench
-) -> tuple[list[Result], list[Generated]]:
-    """Let the metrics of one side measure an outcome; also return its completions as text, where there are any."""
+def _evidence(asked: Asked, outcome: Outcome, bench: Bench) -> Evidence:
+    """Gather what the metrics of one side look at."""
     texts: tuple[str, ...] = ()
     if "completions" in asked.needs:
         answers = [bench.template.answer(ids) or () for ids in outcome.completions]
         texts = tuple(bench.template.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers)
     losses, counts = outcome.losses or (None, None)
-    evidence = Evidence(
+    return Evidence(
         asked.side,
         asked.prompts,
         asked.opener_ids,
@@ -327,17 +332,39 @@ def _results(
         losses=losses,
         n_tokens=counts,
     )
-    measured = [(metric, _result(metric, case.label, evidence, seed)) for metric in asked.metrics]
-    generated = []
-    if texts:
-        verdicts = [result.values for metric, result in measured if (metric.kind, metric.needs) == _VERDICT]
-        refused = tuple(value == 1 for value in verdicts[0]) if verdicts else None
-        generated = [Generated(intervention=case.label, prompts=asked.side, texts=texts, refused=refused)]
-    return [result for _, result in measured], generated
 
 
-#: What tells of each completion whether it is a refusal.
-_VERDICT = ("rate", "completions")
+def _measured(
+    section: EvaluateSection, evidence: Mapping[tuple[str, Side], Evidence], bench: Bench
+) -> tuple[Result, ...]:
+    """Let one metric after the other measure everything, so that a judge is loaded once; the order is by case."""
+    parts = _parts(section)
+    found: dict[tuple[str, Side, str], Result] = {}
+    for part in parts:
+        advance = bench.advance(part.label)
+        asked = [key for key in evidence if key[1] in part.sides]
+        for number, (label, side) in enumerate(asked):
+            advance(number, len(asked))
+            found[label, side, part.label] = _result(part, label, evidence[label, side], section.seed)
+    return tuple(found[*key, part.label] for key in evidence for part in parts if (*key, part.label) in found)
+
+
+def _generated(evidence: Mapping[tuple[str, Side], Evidence], results: Sequence[Result]) -> tuple[Generated, ...]:
+    """Keep the completions, with the verdicts of the first metric that tells refusals."""
+    judging = next((result.metric for result in results if result.verdict == "refused"), None)
+    verdicts = {(row.intervention, row.prompts): row.values for row in results if row.metric == judging}
+    return tuple(
+        Generated(
+            intervention=label,
+            prompts=side,
+            texts=each.completions,
+            refused=tuple(None if isnan(value) else value == 1 for value in verdicts[label, side])
+            if (label, side) in verdicts
+            else None,
+        )
+        for (label, side), each in evidence.items()
+        if each.completions
+    )
 
 
 def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> Result:
@@ -350,7 +377,7 @@ def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> Result
     return Result(
         intervention=label,
         prompts=evidence.side,
-        metric=metric.metric,
+        metric=metric.label,
         value=interval.value,
         low=interval.low,
         high=interval.high,
@@ -359,6 +386,7 @@ def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> Result
         kind=kind,
         values=measured.values,
         weights=measured.weights,
+        verdict=metric.verdict,
     )
 
 
