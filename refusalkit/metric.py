@@ -92,6 +92,9 @@ class Metric(BaseModel, ABC):
     def check(self) -> None:
         """Raise `InputError`, before anything runs, for what it needs and this machine does not have."""
 
+    def ready(self) -> None:
+        """Raise `RunError` as the evaluation starts, for what would otherwise fail at its end, hours later."""
+
     @abstractmethod
     def measure(self, evidence: Evidence) -> Values:
         """Return one value a prompt, in the order of `evidence.prompts`; not-a-number where it cannot be told."""

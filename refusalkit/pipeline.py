@@ -191,6 +191,8 @@ def _run(runner: Runner, until: str) -> None:
 
 def _evaluate(runner: Runner, found: tuple[Activations, Choice], splits: PromptSplits) -> Evaluation:
     section = runner.plan.recipe.evaluate
+    for metric in section.metrics:
+        metric.ready()
     unmodified, _ = runner.obtain(Unmodified, lambda: evaluate.complete(section, splits, runner.bench()))
     return evaluate.evaluate(section, found, splits, unmodified, runner.bench())
 
@@ -318,11 +320,17 @@ def summary(recipe: str, model: Mapping[str, str | None], choice: Choice, result
             json.loads(result.model_dump_json(include=_SUMMARISED)) | {"missing": result.missing}
             for result in results
         ],
-        "agreement": [
-            {key: None if isinstance(value, float) and isnan(value) else value for key, value in row._asdict().items()}
-            for row in agreements(results)
-        ],
+        **_agreement(results),
     }
+
+
+def _agreement(results: Sequence[Result]) -> dict[str, Any]:
+    """Return how far verdicts agree, where there are verdicts to compare."""
+    rows = [
+        {key: None if isinstance(value, float) and isnan(value) else value for key, value in row._asdict().items()}
+        for row in agreements(results)
+    ]
+    return {"agreement": rows} if rows else {}
 
 
 _SUMMARISED = {"intervention", "prompts", "metric", "value", "low", "high", "n"}

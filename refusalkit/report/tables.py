@@ -12,7 +12,7 @@ from refusalkit.artifacts import Choice, Evaluation, Result, WeightEdit
 from refusalkit.metric import Side
 from refusalkit.report.heat_map import scores
 from refusalkit.report.measured import find, in_order, is_control, sides
-from refusalkit.report.wording import number, percent, side_name, with_interval
+from refusalkit.report.wording import number, percent, side_name, without_count
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Column:
     unit: str
     n: int | None
     """How many prompts every number of the column rests on, or None where that differs."""
+    missing: int = 0
+    """How many prompts have no value, where that is the same for every number."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Cell:
 
     text: str
     n: int | None = None
+    missing: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,15 @@ def by_intervention(evaluation: Evaluation, metrics: Sequence[str]) -> Table:
 
 def _column(results: Sequence[Result], metric: str, side: Side) -> Column:
     chosen = [row for row in results if row.metric == metric and row.prompts == side]
-    counts = {row.n for row in chosen if math.isfinite(row.value)}
-    return Column(metric, side, chosen[0].unit, counts.pop() if len(counts) == 1 else None)
+    counts = {(row.n, row.missing) for row in chosen if math.isfinite(row.value) or row.missing}
+    n, missing = counts.pop() if len(counts) == 1 else (None, 0)
+    return Column(metric, side, chosen[0].unit, n, missing)
 
 
 def _cell(results: Sequence[Result], label: str, column: Column) -> Cell:
     result = find(results, label, column.side, column.metric)
-    return Cell(with_interval(result), result.n if result is not None and column.n is None else None)
+    counted = (result.n, result.missing) if result is not None and column.n is None else (None, 0)
+    return Cell(without_count(result), *counted)
 
 
 @dataclass(frozen=True)

@@ -41,14 +41,13 @@ def with_interval(result: Result | None) -> str:
 
     A number that leaves prompts out never stands without saying how many.
     """
-    if result is None:
-        return NOTHING_TO_SHOW
-    left_out = f" ({result.missing} of {len(result.values)} missing)" if result.missing else ""
-    return _number_with_interval(result) + left_out
+    missing = f" ({result.missing} of {len(result.values)} missing)" if result is not None and result.missing else ""
+    return without_count(result) + missing
 
 
-def _number_with_interval(result: Result) -> str:
-    if not math.isfinite(result.value):
+def without_count(result: Result | None) -> str:
+    """Write a result with its interval alone, where what is missing stands beside it."""
+    if result is None or not math.isfinite(result.value):
         return NOTHING_TO_SHOW
     known = math.isfinite(result.low) and math.isfinite(result.high)
     if result.kind == "rate":

@@ -59,6 +59,37 @@ class Endpoint:
             raise InputError("the key holds characters that no key has", where=self.where, hint="copy it again")
         return key
 
+    def greet(self) -> None:
+        """Ask for the list of models, which says whether the endpoint is there and takes the key; nothing else is sent.
+
+        Raises `RunError` where it is not, or does not. An endpoint without a list is taken on trust.
+        """
+        import httpx
+
+        try:
+            with httpx.Client(headers=self._headers(), timeout=self.timeout_s) as client:
+                status = client.get(f"{self.base_url}/models").status_code
+        except httpx.TransportError as error:
+            raise RunError(
+                f"{self.host} cannot be reached: {type(error).__name__}",
+                where=self.where,
+                hint="start it, or correct `base_url`; finished stages are kept",
+            ) from None
+        if status in (401, 403):
+            raise self._hopeless(status)
+
+    def _headers(self) -> dict[str, str]:
+        key = self.key()
+        return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    def _hopeless(self, status: int) -> RunError:
+        # What the endpoint says may repeat the key, so it is not shown.
+        return RunError(
+            f"{self.host} answers {status}: {HOPELESS[status]}",
+            where=self.where,
+            hint="correct `model`, `base_url` or the key; verdicts so far are kept",
+        )
+
     def replies(self, bodies: Sequence[Mapping[str, Any]], concurrency: int) -> Iterator[tuple[int, str | None]]:
         """Yield the index and the text of every reply as they come; None where there is none to be had.
 
@@ -66,10 +97,8 @@ class Endpoint:
         """
         import httpx
 
-        key = self.key()
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         none = 0
-        with httpx.Client(headers=headers, timeout=self.timeout_s) as client:
+        with httpx.Client(headers=self._headers(), timeout=self.timeout_s) as client:
             pool = ThreadPoolExecutor(concurrency)
             try:
                 waiting = {pool.submit(self._reply, client, body): index for index, body in enumerate(bodies)}
@@ -97,12 +126,7 @@ class Endpoint:
                 pass
             else:
                 if response.status_code in HOPELESS:
-                    # What it says may repeat the key, so it is not shown.
-                    raise RunError(
-                        f"{self.host} answers {response.status_code}: {HOPELESS[response.status_code]}",
-                        where=self.where,
-                        hint="mend `model`, `base_url` or the key; verdicts so far are kept",
-                    )
+                    raise self._hopeless(response.status_code)
                 if response.status_code not in PASSING:
                     return _text(response)
                 asked_to_wait = response.headers.get("retry-after")

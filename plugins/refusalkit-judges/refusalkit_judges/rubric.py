@@ -105,6 +105,9 @@ class Rubric(Judge):
     def check(self) -> None:
         self.endpoint.key()
 
+    def ready(self) -> None:
+        self.endpoint.greet()
+
     def ask(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Reply | None]]:
         bodies = [
             {

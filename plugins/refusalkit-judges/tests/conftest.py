@@ -42,6 +42,9 @@ class Chat:
     asked: list[str] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    greeted: list[str] = field(default_factory=list)
+    models: int = 404
+    """The status of the list of models, which many endpoints do not have."""
     at_once: int = 0
     """The most requests there were under way."""
 
@@ -80,6 +83,12 @@ def chat() -> Iterator[Chat]:
                 self.wfile.write(payload)
             except OSError:
                 return  # whoever asked has given up
+
+        def do_GET(self) -> None:
+            served.greeted.append(self.path)
+            self.send_response(served.models)
+            self.send_header("content-length", "0")
+            self.end_headers()
 
         def log_message(self, *_: object) -> None:
             return

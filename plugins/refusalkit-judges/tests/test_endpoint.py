@@ -177,3 +177,18 @@ def test_braces_in_a_completion_are_not_filled_in(chat: Chat) -> None:
     odd = Evidence("harmful", ("write {completion}",), (), ("{prompt} {x}",))
     judge(chat, rubric="A {prompt} B {completion}").measure(odd)
     assert chat.asked == ["A write {completion} B {prompt} {x}"]
+
+
+@pytest.mark.parametrize("status", [200, 404, 500])
+def test_an_endpoint_is_greeted_before_the_evaluation_and_sent_nothing(chat: Chat, status: int) -> None:
+    chat.models = status
+    judge(chat).ready()
+    assert (chat.greeted, chat.asked) == (["/v1/models"], [])
+
+
+def test_an_endpoint_that_is_not_there_or_rejects_the_key_is_found_before_the_evaluation(chat: Chat) -> None:
+    chat.models = 401
+    with pytest.raises(RunError, match="the key is not accepted"):
+        judge(chat).ready()
+    with pytest.raises(RunError, match=r"127\.0\.0\.1:9 cannot be reached: ConnectError"):
+        judge(chat, base_url="http://127.0.0.1:9/v1").ready()

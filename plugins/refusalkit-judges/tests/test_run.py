@@ -21,6 +21,7 @@ from refusalkit.recipe_file import load_recipe
 from refusalkit.registry import load_registry
 from refusalkit.report.comparison import compare
 from refusalkit.report.comparison_text import text
+from refusalkit.report.finding import left_out
 from refusalkit.run_directory import read_run
 
 N = 8
@@ -85,10 +86,11 @@ def test_half_garbage_is_half_missing_in_the_table_and_in_the_intervals(garbled:
     judged = [row for row in summary["evaluation"] if row["metric"] == "rubric_refusal"]
     assert {(row["n"], row["missing"]) for row in judged} == {(4, 4)}
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "(4 of 8 missing)" in page
+    assert "n = 4, 4 missing" in page
+    assert left_out(run.evaluation) == f"missing values: 24 of 48 by {', '.join(dict.fromkeys(r.metric for r in rows))}"
     twice = text(compare([tmp_path / "run", _second(garbled, tmp_path)]))
-    assert "(4 of 8 missing)" in twice
-    assert max(map(len, twice.splitlines())) <= 100
+    assert "rubric_refusal, fraction of prompts, [95% interval], 4 a side, 4 missing" in twice
+    assert max(map(len, twice.splitlines())) <= 80
 
 
 def _second(chat: Chat, folder: Path) -> Path:
@@ -115,10 +117,10 @@ def test_a_judge_that_says_nothing_of_use_is_shown_as_such(tmp_path: Path) -> No
     execute(plan_of(tmp_path, setting, "evaluate.interventions=[none]"), tmp_path / "run")
     summary = summary_of(tmp_path / "run")
     assert {(row["value"], row["n"], row["missing"]) for row in summary["evaluation"]} == {(None, 0, N)}
-    assert summary["agreement"] == []
+    assert "agreement" not in summary
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "every value is missing" in page
-    assert "– (8 of 8 missing)" in page
+    assert "n = 0, 8 missing" in page
     shown = write_report(tmp_path / "run", show_completions=True).read_text(encoding="utf-8")
     assert "verdict" not in shown.partition('id="completions"')[2].partition("</section>")[0]
 
