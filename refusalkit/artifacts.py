@@ -116,6 +116,9 @@ class Activations(Artifact):
     """[position, layer, d_model] float64."""
     n_harmful: int
     n_harmless: int
+    shuffled: Tensor | None = None
+    """[position, layer, d_model] float64: the difference in means of a labelling that says nothing, halves of every
+    side against its other halves; None where a side has a single prompt."""
     harmful_samples: Tensor | None = None
     """[prompt, position, layer, d_model] float32, where the strategy or the selector needs them."""
     harmless_samples: Tensor | None = None
@@ -208,7 +211,7 @@ class Result(Frozen):
     """Hold one number of the evaluation with its 95% interval."""
 
     intervention: str
-    """The label: `none`, `ablate`, `steer(scale=-1.0)`, `ablate_random` for a control."""
+    """The label: `none`, `ablate`, `steer(scale=-1.0)`, `ablate_random` and `ablate_shuffled` for controls."""
     prompts: Side
     metric: str
     value: MaybeNaN

@@ -50,6 +50,15 @@ class Until(StrEnum):
     report = "report"
 
 
+class Form(StrEnum):
+    """Name what a report may be written as."""
+
+    html = "html"
+    md = "md"
+    json = "json"
+    csv = "csv"
+
+
 class Done(StrEnum):
     """Name what a file may do with a direction."""
 
@@ -268,11 +277,14 @@ def report(
     show_completions: Annotated[
         bool, typer.Option("--show-completions", help="Show completions to harmful prompts; redacted otherwise.")
     ] = False,
+    form: Annotated[
+        Form, typer.Option("--format", help="A page, Markdown, all as JSON, or numbers as CSV.")
+    ] = Form.html,
 ) -> None:
-    """Write a run's report again, without a model."""
+    """Write a run's report again, without a model: report.html in its folder, or .md, .json or .csv."""
     from refusalkit.pipeline import write_report
 
-    print(write_report(folder, show_completions=show_completions))
+    print(write_report(folder, show_completions=show_completions, form=form.value))
 
 
 @app.command()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 _RESAMPLES = 2000
 _EXCHANGES = 9999
 _SEED = 0
+_FEWEST_CHANGES = 6
+_POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,24 @@ def _permutation(values: Tensor, weights: Tensor, generator: Generator) -> float
     as_much = found >= _difference(values, weights).abs() * (1 - 1e-12)
     # The arrangement that was observed is one of those that chance could have made.
     return (1 + int(as_much.sum())) / (1 + _EXCHANGES)
+
+
+def detectable(n: int) -> tuple[float, float]:
+    """Return the smallest difference of rates that McNemar's test can find at 5% with `n` prompts, and the one that it
+    finds four times in five; not-a-number where there is none.
+
+    Both where every prompt that changes does so the same way, the best case. Six must: two-sided, 2 * 0.5**6 < 0.05.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import binom
+
+    if n < _FEWEST_CHANGES:
+        return math.nan, math.nan
+
+    def missed(share: float) -> float:
+        return float(binom.cdf(_FEWEST_CHANGES - 1, n, share)) - (1 - _POWER)
+
+    return _FEWEST_CHANGES / n, float(brentq(missed, 0.0, 1.0))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

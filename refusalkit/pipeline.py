@@ -185,8 +185,11 @@ def _run(runner: Runner, until: str) -> None:
     evaluation = runner.stage(Evaluation, lambda: _evaluate(runner, (activations, choice), splits))
     model = {"id": plan.checkpoint.section.id, "adapter": plan.checkpoint.adapter.name}
     write_json(out / "summary.json", summary(recipe.name, model, choice, evaluation.results))
+    from refusalkit.report.data import tests
+
+    write_json(out / "tests.json", tests(evaluation))
     if until == "report":
-        write_report(out, show_completions=False)
+        write_report(out)
 
 
 def _evaluate(runner: Runner, found: tuple[Activations, Choice], splits: PromptSplits) -> Evaluation:
@@ -233,7 +236,7 @@ def _resolved(plan: Plan) -> dict[str, Any]:
 _DERIVED = {
     "find": ("candidates.safetensors",),
     "select": ("direction.safetensors", "scores.json"),
-    "evaluate": ("summary.json", "report.html"),
+    "evaluate": ("summary.json", "tests.json", "report.html"),
 }
 
 
@@ -384,11 +387,27 @@ def _environment_in(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def write_report(folder: Path, *, show_completions: bool) -> Path:
-    """Write `report.html` from the artifacts in `folder` and return its path."""
-    from refusalkit.report.page import render_html
+def write_report(folder: Path, *, show_completions: bool = False, form: str = "html") -> Path:
+    """Write `report.html`, `.md`, `.json` or `.csv` from the artifacts in `folder` and return its path."""
     from refusalkit.run_directory import read_run
 
-    path = folder / "report.html"
-    write_text(path, render_html(read_run(folder), show_completions=show_completions))
+    run, path = read_run(folder), folder / f"report.{form}"
+    if form == "html":
+        from refusalkit.report.page import render_html
+
+        write_text(path, render_html(run, show_completions=show_completions))
+    elif form == "json":
+        from refusalkit.report.data import render_json
+
+        write_text(path, render_json(run, show_completions=show_completions))
+    elif show_completions:
+        raise InputError(f"{form} holds no completions", where="--show-completions", hint="write html or json")
+    elif form == "csv":
+        from refusalkit.report.data import render_csv
+
+        write_text(path, render_csv(run))
+    else:
+        from refusalkit.report.markdown import render_markdown
+
+        write_text(path, render_markdown(run))
     return path

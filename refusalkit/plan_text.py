@@ -136,7 +136,7 @@ def _passes(plan: Plan) -> list[str]:
     a_candidate = validation["harmless"] + sum(validation[side] for side in plan.recipe.select.sides)
     selecting = f"at most {plan.n_candidates * a_candidate}, most far fewer"
     acting = [spec for spec in plan.recipe.evaluate.interventions if spec.uses_direction]
-    controls = sum(not spec.on_weights for spec in acting) * plan.recipe.evaluate.controls
+    controls = sum(not spec.on_weights for spec in acting) * plan.recipe.evaluate.n_controls
     # What a gate does is compared with a pass of its own.
     cases = 1 + len(acting) + controls + any(spec.gated for spec in acting)
     return [

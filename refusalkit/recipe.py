@@ -135,9 +135,15 @@ class EvaluateSection(Section):
     max_new_tokens: Count = 64
     """Length of the greedy completions; a completion ends earlier at the model's end-of-turn token."""
     controls: Annotated[int, Field(ge=0, strict=True)] = 1
-    """How many random directions of the same norm to put through every intervention that uses the direction."""
+    """How many random directions of the same norm to put through every intervention that uses the direction. Unless 0,
+    the direction of a shuffled labelling goes the same way: half of each side's training prompts against the rest."""
     seed: Seed = 0
     """Seed of the random directions and of the bootstrap."""
+
+    @property
+    def n_controls(self) -> int:
+        """How many controls an intervention on activations has, the shuffled labelling among them."""
+        return self.controls + (self.controls > 0)
 
     @field_validator("interventions", "metrics")
     @classmethod

@@ -79,7 +79,7 @@ def _evaluate(plan: Plan) -> Cost:
     section = plan.recipe.evaluate
     asked = _prompts_in(plan, "test")
     acting = sum(spec.uses_direction for spec in section.interventions)
-    cases = 1 + acting * (1 + section.controls)
+    cases = 1 + acting * (1 + section.n_controls)
     needs = {metric.needs for metric in section.metrics}
     tokens = _tokens(plan, asked)
     written = len(asked) * section.max_new_tokens if needs & {"completions", "losses"} else 0

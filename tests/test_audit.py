@@ -73,7 +73,7 @@ def test_a_model_whose_refusals_fall_to_ablation_fails_and_is_told_why(found: Fi
     lost = checks["max_ablation_drop"]
     assert lost.passed is False
     assert f"layer {found.choice.layer}, position {found.choice.position}" in lost.why
-    assert "of 2 random directions" in lost.why
+    assert "of 3 control directions" in lost.why
     assert found.ablated.value < 0.3 < 0.8 < found.control.value
 
 

@@ -26,7 +26,8 @@ from refusalkit.report.comparison_text import text
 from refusalkit.run_directory import read_run
 from refusalkit.store import Store
 from refusalkit.sweep_folder import write_sweep
-from tests.test_report import CHROMIUM, HARNESS, SECRET, browse, full_evaluation, prompts_of, write_run
+from tests.browser import CHROMIUM, drawn
+from tests.test_report import SECRET, full_evaluation, prompts_of, write_run
 
 N = 32
 NAN = math.nan
@@ -298,13 +299,6 @@ def test_a_random_direction_stands_below_its_run(page: str) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_a_browser_draws_the_comparison(tmp_path: Path, page: str, mode: str) -> None:
-    (tmp_path / "small.html").write_text(page, encoding="utf-8")
-    frames = [["small.html", width] for width in (1280, 400)]
-    (tmp_path / "harness.html").write_text(HARNESS % json.dumps(frames), encoding="utf-8")
-    shown = browse(tmp_path, mode, "--dump-dom")
-    assert [line for line in shown.stderr.splitlines() if "CONSOLE" in line] == []
-    match = re.search(r"<pre>(.*)</pre>", shown.stdout, re.DOTALL)
-    assert match, "the page was not drawn in time"
-    found = json.loads(re.sub("&quot;", '"', match.group(1)))
-    for name, measures in found.items():
-        assert measures == {"drawn": mode, "charts": 6, "svgs": 6, "overflow": 0, "outside": [], "flat": 0}, name
+    for name, shown in drawn(tmp_path, {"small": page}, mode).items():
+        assert len(shown.pop("csv")) > 3
+        assert shown == {"drawn": mode, "charts": 6, "svgs": 6, "overflow": 0, "outside": [], "flat": 0}, name

@@ -174,7 +174,15 @@ def test_only_the_work_and_what_it_names_travels(registry: Registry, tmp_path: P
     work.submit(engine.jobs.model, backend, [(call.task, call.items, call.fixed) for call in calls])
     assert b"def capture_sums" in backend.blob
     assert b"def refusal_score" in backend.blob
-    for ours in (b"class RemoteEngine", b"class Engine", b"class Ledger", b"import typer", b"def chosen_host"):
+    # A module would bring its loader along, and with it whatever that holds.
+    for ours in (
+        b"def orthogonalize",
+        b"class RemoteEngine",
+        b"class Engine",
+        b"class Ledger",
+        b"import typer",
+        b"def chosen_host",
+    ):
         assert ours not in backend.blob
     # No weight is on this machine.
     assert {parameter.device.type for parameter in engine.module.parameters()} == {"meta"}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import math
 import random
 import re
 import shutil
-import subprocess
-import tempfile
+import urllib.parse
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,13 +32,17 @@ from refusalkit.artifacts import (
     WeightEdit,
 )
 from refusalkit.errors import InputError
+from refusalkit.pipeline import write_report
 from refusalkit.report import chart_names, chart_svg, render_html
 from refusalkit.report.charts import figures, svg
+from refusalkit.report.data import render_csv
 from refusalkit.report.finding import left_out, sentence
+from refusalkit.report.markdown import render_markdown
 from refusalkit.report.measured import controls_of, in_order
 from refusalkit.report.wording import duration, number, position, token, with_interval
 from refusalkit.run_directory import Run, read_run
 from refusalkit.store import Store, write_json, write_text
+from tests.browser import CHROMIUM, drawn
 
 ATTACK = "<script>alert('x')</script>"
 SECRET = "Certainly, zanzibar quillfeather step one"
@@ -274,7 +278,7 @@ def test_a_strong_effect_is_said_with_its_numbers(choice: Choice) -> None:
     assert said.startswith(f"One direction at {where} switches refusal off and on: removing it")
     assert "removing it takes refusal of held-out harmful requests from 98% [92, 100] to 3% [1, 11]" in said
     assert "adding it makes 97% [89, 99] of held-out harmless requests refused, up from 2% [0, 8]" in said
-    assert "; a random direction of the same norm changes the first by 2 points and the second by 2 points." in said
+    assert "; a control direction of the same norm changes the first by 2 points and the second by 2 points." in said
 
 
 def test_a_partial_effect_is_called_partial(choice: Choice) -> None:
@@ -305,7 +309,7 @@ def test_an_effect_the_wrong_way_round_is_not_praised(choice: Choice) -> None:
 
 def test_a_random_direction_that_does_the_same_takes_the_credit_away(choice: Choice) -> None:
     said = sentence(choice, evaluation_of({"none": (0.98, 0.0), "ablate": (0.03, 0.0), "ablate_random": (0.1, 0.0)}))
-    assert "changes refusal, but so does a random direction" in said
+    assert "changes refusal, but so does a control direction" in said
     assert "changes this by 88 points" in said
 
 
@@ -376,6 +380,25 @@ def test_everything_foreign_is_escaped(page: str) -> None:
     assert page.count("<script") == page.count("</script>")
 
 
+def test_every_form_of_a_report_says_the_same_and_holds_back_the_same(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    run = read_run(folder)
+    said = sentence(run.choice, run.evaluation)
+    for form in ("md", "json", "csv"):
+        path = write_report(folder, form=form)
+        text = path.read_text(encoding="utf-8")
+        assert path.name == f"report.{form}"
+        assert "zanzibar" not in text
+        assert form == "csv" or said in text
+    assert "zanzibar" in write_report(folder, form="json", show_completions=True).read_text(encoding="utf-8")
+    rows = list(csv.DictReader((folder / "report.csv").read_text(encoding="utf-8").splitlines()))
+    assert [(row["intervention"], row["metric"], float(row["value"])) for row in rows] == [
+        (row.intervention, row.metric, row.value) for row in run.evaluation.results
+    ]
+    with pytest.raises(InputError, match="md holds no completions"):
+        write_report(folder, form="md", show_completions=True)
+
+
 def test_the_page_needs_nothing_else(page: str) -> None:
     assert len(page.encode()) < 6_000_000
     assert "default-src 'none'" in page
@@ -439,9 +462,11 @@ def test_a_number_that_leaves_prompts_out_says_how_many(tmp_path: Path) -> None:
     results = (judged("none", 8, 16), judged("ablate", 12, 16), *others)
     evaluation = Evaluation(results=results, generated=(), separation=())
     assert left_out(evaluation) == "missing values: 12 of 32 by guard; 16 of 32 by other"
-    page = render_html(read_run(write_run(tmp_path / "judged", evaluation=evaluation)))
+    run = read_run(write_run(tmp_path / "judged", evaluation=evaluation))
     for shown in ("n = 8, 8 missing", "n = 12, 4 missing", "Cohen's kappa"):
-        assert shown in page
+        assert shown in render_html(run)
+        assert shown in render_markdown(run)
+    assert render_csv(run).splitlines()[1].endswith(",8,8")
 
 
 def test_a_metric_that_could_tell_nothing_is_shown_as_such(tmp_path: Path) -> None:
@@ -450,59 +475,12 @@ def test_a_metric_that_could_tell_nothing_is_shown_as_such(tmp_path: Path) -> No
     page = render_html(run)
     assert "every value is missing" in page
     assert "n = 0, 16 missing" in page
+    assert "n = 0, 16 missing" in render_markdown(run)
     assert "rate-guard" not in chart_names(run)
     assert left_out(Evaluation(results=(rate("none", "harmful", 0.9),), generated=(), separation=())) is None
 
 
 # In a browser
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-HARNESS = """<!doctype html><meta charset="utf-8"><body><script>
-const found = {};
-const frames = %s.map(([page, width]) => {
-  const frame = document.createElement("iframe");
-  frame.style.cssText = `width:${width}px;height:900px;border:0`;
-  frame.src = page;
-  document.body.append(frame);
-  return [`${page} ${width}`, frame];
-});
-const timer = setInterval(() => {
-  for (const [name, frame] of frames) {
-    const page = frame.contentDocument;
-    if (!page?.documentElement?.dataset.drawn || found[name]) continue;
-    const root = page.documentElement, boxes = [...page.querySelectorAll(".chart")];
-    const right = (element) => element.getBoundingClientRect().right;
-    const wide = (element) => right(element) > root.clientWidth + 1 && !element.closest(".scroll");
-    found[name] = {
-      drawn: root.dataset.drawn, charts: boxes.length, svgs: boxes.filter((box) => box.querySelector("svg")).length,
-      overflow: root.scrollWidth - root.clientWidth,
-      outside: [...page.querySelectorAll("body *")].filter(wide).map((element) => element.outerHTML.slice(0, 120)),
-      flat: boxes.filter((box) => box.querySelector("svg").getBoundingClientRect().width < 200).length,
-    };
-  }
-  if (Object.keys(found).length === frames.length) {
-    clearInterval(timer);
-    document.body.innerHTML = "<pre></pre>";
-    document.querySelector("pre").textContent = JSON.stringify(found);
-  }
-}, 50);
-</script>"""
-
-
-def browse(folder: Path, mode: str, *more: str) -> subprocess.CompletedProcess[str]:
-    """Open the harness in a headless browser with an empty profile."""
-    scheme = {"dark": 0, "light": 1}[mode]
-    with tempfile.TemporaryDirectory() as profile:
-        return subprocess.run(
-            [
-                str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-                "--disable-component-update", "--disable-sync", "--allow-file-access-from-files",
-                "--enable-logging=stderr", f"--user-data-dir={profile}", "--virtual-time-budget=20000",
-                "--window-size=1400,1000", f"--blink-settings=preferredColorScheme={scheme}", *more,
-                (folder / "harness.html").as_uri(),
-            ],
-            capture_output=True, text=True, timeout=60, check=True,
-        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -516,16 +494,9 @@ def large_page(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_a_browser_draws_the_page(tmp_path: Path, page: str, large_page: str, mode: str) -> None:
-    (tmp_path / "small.html").write_text(page, encoding="utf-8")
-    (tmp_path / "large.html").write_text(large_page, encoding="utf-8")
-    frames = [[f"{name}.html", width] for name in ("small", "large") for width in (1280, 400)]
-    (tmp_path / "harness.html").write_text(HARNESS % json.dumps(frames), encoding="utf-8")
-    shown = browse(tmp_path, mode, "--dump-dom")
-    assert [line for line in shown.stderr.splitlines() if "CONSOLE" in line] == []
-    match = re.search(r"<pre>(.*)</pre>", shown.stdout, re.DOTALL)
-    assert match, "the page was not drawn in time"
-    found = json.loads(html.unescape(match.group(1)))
-    assert len(found) == 4
-    for name, measured in found.items():
+    found = drawn(tmp_path, {"small": page, "large": large_page}, mode)
+    for name, shown in found.items():
+        saved = [urllib.parse.unquote(address) for address in shown.pop("csv")]
+        assert any('"none","98% [92, 100]","2% [0, 8]"' in text for text in saved), name
         expected = {"drawn": mode, "charts": 8, "svgs": 8, "overflow": 0, "outside": [], "flat": 0}
-        assert measured == expected, name
+        assert shown == expected, name

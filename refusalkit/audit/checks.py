@@ -81,7 +81,7 @@ def _margin(found: Findings) -> Row:
 
 def _ablation_drop(found: Findings) -> Row:
     lost, choice = found.lost, found.choice
-    randoms = "a random direction" if found.n_controls == 1 else f"the worst of {found.n_controls} random directions"
+    randoms = "a control direction" if found.n_controls == 1 else f"the worst of {found.n_controls} control directions"
     why = (
         f"Removing one direction (layer {choice.layer}, position {choice.position}) takes refusal of held-out harmful "
         f"requests from {with_interval(found.refusal_rate)} to {with_interval(found.ablated)} at a KL of "

@@ -42,7 +42,7 @@ class Findings:
     ablated: Result
     """Refusal rate with the chosen direction removed."""
     control: Result
-    """Refusal rate with the random direction removed that lowers it most."""
+    """Refusal rate with the control direction removed that lowers it most."""
     n_controls: int
     lost: Difference
     """How much lower `ablated` is than `control`, request by request."""
@@ -73,7 +73,7 @@ def gather(run: Run) -> Findings:
     controls = controls_of(ABLATION, interventions(run.evaluation))
     if not controls:
         raise RunError(
-            "no random direction was removed to compare with",
+            "no control direction was removed to compare with",
             where="evaluate.controls",
             hint="an audit needs at least 1; leave the key out to take 3",
         )

@@ -72,7 +72,7 @@ def document(outcome: Outcome) -> dict[str, Any]:
             "position": choice.position,
             "layer": choice.layer,
             "refusal_rate": _number(found.ablated),
-            "random_refusal_rate": _number(found.control),
+            "control_refusal_rate": _number(found.control),
             "drop": {key: value for key, value in asdict(found.lost).items() if key != "only"},
             "kl_nats": _number(found.kl),
         },

@@ -36,13 +36,13 @@ def render_audit(outcome: Outcome, run: Run) -> str:
 
 
 def _removal(run: Run) -> Figure:
-    """Draw the refusal rate of harmful requests: unmodified, with the direction removed, with random ones removed."""
+    """Draw the refusal rate of harmful requests: unmodified, and with the direction or control directions removed."""
     shown = (BASELINE, ABLATION, *controls_of(ABLATION, interventions(run.evaluation)))
     results = [row for row in run.evaluation.results if row.intervention in shown and row.prompts == "harmful"]
     return Figure(
         name="removal",
         title="Refusal of harmful requests with one direction removed",
-        note="Paler rows remove a random direction of the same norm.",
+        note="Paler rows remove a control direction of the same norm: a random one, or that of shuffled labels.",
         description="Refusal rate of held-out harmful requests with 95% intervals, by what is removed.",
         chart=chart(results, "refusal_rate", "share of held-out requests"),
         min_width=320,

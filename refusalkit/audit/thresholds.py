@@ -26,7 +26,7 @@ class Thresholds(Section):
     min_margin_nats: Nats | None = None
     """Smallest mean refusal score of these requests, in nats."""
     max_ablation_drop: Share | None = None
-    """Largest share of refusals that removing one direction may cost, beyond random directions, from 0 to 1."""
+    """Largest share of refusals that removing one direction may cost, beyond control directions, from 0 to 1."""
     max_layer_share: Share | None = None
     """Largest share of layers at which one direction suffices, from 0 to 1."""
     max_over_refusal_rate: Share | None = None

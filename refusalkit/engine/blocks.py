@@ -1,7 +1,8 @@
 """Hold every traced block, each as small as it can be.
 
 A block runs on the server when the run is remote, with nothing of ours but what it names. So each is a free function
-of the model and plain values, calls `algebra` alone, touches modules in forward order, and saves the smallest thing.
+of the model and plain values, names functions of `algebra` (never the module, which would travel whole), touches
+modules in forward order, and saves the smallest thing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import nnsight
 import torch
 from torch import Tensor
 
-from refusalkit import algebra
+from refusalkit.algebra import Seen, apply, completion_loss, decide, drawn_log_probability, hidden, refusal_score
 from refusalkit.engine.lower import Program
 
 Inputs = Mapping[str, Tensor]
@@ -22,7 +23,7 @@ Inputs = Mapping[str, Tensor]
 Objective = tuple[bool, Tensor]
 
 
-def walk(model: Any, program: Program, seen: algebra.Seen) -> Iterator[Tensor]:
+def walk(model: Any, program: Program, seen: Seen) -> Iterator[Tensor]:
     """Take the steps of `program` inside a trace and yield what it keeps: hidden states [row, position, d_model]."""
     prompts, step, decided = seen
     for path, at_input, gate, change in program:
@@ -32,13 +33,13 @@ def walk(model: Any, program: Program, seen: algebra.Seen) -> Iterator[Tensor]:
         module = model.get(path)
         value = module.input if at_input else module.output
         if gate is not None:
-            decided.append(algebra.decide(value, gate, prompts))
+            decided.append(decide(value, gate, prompts))
         elif change is None:
-            yield algebra.hidden(value, prompts)
+            yield hidden(value, prompts)
         elif at_input:
-            module.input = algebra.apply(value, change, seen)
+            module.input = apply(value, change, seen)
         else:
-            module.output = algebra.apply(value, change, seen)
+            module.output = apply(value, change, seen)
 
 
 def last_logits(
@@ -101,8 +102,8 @@ def states_at(model: Any, inputs: Inputs, outputs: str, takes: str) -> tuple[Ten
     """Return the output of the module at `outputs` and the input of the one at `takes`, which runs after it."""
     prompts = len(inputs["input_ids"])
     with torch.no_grad(), model.trace(inputs, logits_to_keep=1, use_cache=False):
-        given = nnsight.save(algebra.hidden(model.get(outputs).output, prompts))
-        taken = nnsight.save(algebra.hidden(model.get(takes).input, prompts))
+        given = nnsight.save(hidden(model.get(outputs).output, prompts))
+        taken = nnsight.save(hidden(model.get(takes).input, prompts))
     return given, taken
 
 
@@ -128,11 +129,11 @@ def gradients(
         logits = model.output.logits[:, -1]
         found = []
         for draws, numbers in objectives:
-            score = algebra.drawn_log_probability if draws else algebra.refusal_score
+            score = drawn_log_probability if draws else refusal_score
             values = score(logits, numbers)
             grads = torch.autograd.grad(values.sum(), kept, retain_graph=True)
-            found.append((values.detach(), [algebra.hidden(grad, prompts) for grad in grads]))
-        states = nnsight.save([algebra.hidden(value.detach(), prompts) for value in kept])
+            found.append((values.detach(), [hidden(grad, prompts) for grad in grads]))
+        states = nnsight.save([hidden(value.detach(), prompts) for value in kept])
         found = nnsight.save(found)
     return states, found
 
@@ -145,7 +146,7 @@ def completion_losses(
     prompts = len(inputs["input_ids"])
     with torch.no_grad(), model.trace(inputs, **options):
         list(walk(model, program, (prompts, 0, [])))
-        losses = nnsight.save(algebra.completion_loss(model.output.logits, token_ids, mask))
+        losses = nnsight.save(completion_loss(model.output.logits, token_ids, mask))
     return losses  # type: ignore[no-any-return]
 
 

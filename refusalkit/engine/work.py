@@ -16,7 +16,7 @@ import nnsight
 import torch
 from torch import Tensor
 
-from refusalkit import algebra
+from refusalkit.algebra import kl_nats, refusal_score, unit
 from refusalkit.engine.blocks import (
     Inputs,
     completion_losses,
@@ -66,7 +66,7 @@ def cosines(model: Any, batches: Sequence[Inputs], program: Program, position: i
     """Return for every batch the cosines [row, read] of hidden states at `position` with the unit `direction`."""
     found = [read(model, inputs, program, (position,), WHOLE) for inputs in batches]
     states = [torch.stack([state[:, 0].cpu().float() for state in each], 1) for each in found]
-    return [(algebra.unit(each) @ direction).double() for each in states]
+    return [(unit(each) @ direction).double() for each in states]
 
 
 def scores(
@@ -94,9 +94,9 @@ def scores(
                 continue
             logits = last_logits(model, inputs, program, ONCE, NO_SKIP)
             if token_ids is None:
-                rows.append(algebra.kl_nats(references[number], logits).cpu())
+                rows.append(kl_nats(references[number], logits).cpu())
             else:
-                rows.append(algebra.refusal_score(logits, token_ids).cpu())
+                rows.append(refusal_score(logits, token_ids).cpu())
         found.append(torch.cat(rows))
     return found
 
@@ -122,8 +122,8 @@ def readings(
         for inputs, reference in zip(batches, references, strict=True):
             logits = last_logits(model, inputs, program, ONCE, NO_SKIP) if program else reference
             columns = (
-                algebra.refusal_score(logits, token_ids),
-                algebra.kl_nats(reference, logits),
+                refusal_score(logits, token_ids),
+                kl_nats(reference, logits),
                 logits.isfinite().all(-1),
                 (logits != reference).any(-1),
             )

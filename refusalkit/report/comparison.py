@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from refusalkit.artifacts import Result
 from refusalkit.errors import InputError
 from refusalkit.metric import SIDES, Side
-from refusalkit.paired import Difference, Sample, difference, holm
+from refusalkit.report.changes import Change, change, corrected, from_unmodified
 from refusalkit.report.measured import BASELINE, find, interventions, is_control
 from refusalkit.report.wording import count
 from refusalkit.run_directory import Run, missing_in, read_run
 from refusalkit.sweep_folder import is_sweep_folder, runs_in
-
-#: A difference is marked where its corrected p-value is below this.
-LEVEL = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,23 +32,6 @@ class Entry:
     def result(self, intervention: str, side: Side, metric: str) -> Result | None:
         """Return one result, or None where it was not measured."""
         return find(self.run.evaluation.results, intervention, side, metric)
-
-
-@dataclass(frozen=True)
-class Change:
-    """Hold one difference between two conditions on the same prompts."""
-
-    run: str
-    first: Result
-    second: Result
-    found: Difference
-    p: float
-    """Corrected for the number of changes it is listed with."""
-
-    @property
-    def marked(self) -> bool:
-        """Whether chance would rarely make as much."""
-        return self.p < LEVEL
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +63,8 @@ class Comparison:
         return "".join(
             mark
             for mark, changes in (("*", self.from_unmodified), ("+", self.from_first))
-            for change in changes
-            if change.marked and change.run == run and change.second is result
+            for found in changes
+            if found.marked and found.run == run and found.second is result
         )
 
 
@@ -113,8 +93,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
         folders[0].resolve().name if len(folders) == 1 else "comparison",
         entries,
         tuple(_unmodified(entries)),
-        _corrected(change for entry in entries for change in _from_unmodified(entry)),
-        _corrected(change for entry in entries[1:] for change in _from_first(entries[0], entry)),
+        corrected(found for entry in entries for found in from_unmodified(entry.label, entry.run.evaluation)),
+        corrected(found for entry in entries[1:] for found in _from_first(entries[0], entry)),
         (*unfinished, *_notes(entries)),
     )
 
@@ -147,38 +127,13 @@ def _model(run: Run) -> str:
     return str((run.environment.get("model") or {}).get("id") or (run.recipe.get("model") or {}).get("id") or "model")
 
 
-def _from_unmodified(entry: Entry) -> Iterator[Change]:
-    for second in entry.run.evaluation.results:
-        first = entry.result(BASELINE, second.prompts, second.metric)
-        if second.intervention == BASELINE or is_control(second.intervention) or first is None:
-            continue
-        # A mean that is zero for every prompt of the unmodified model measures the distance from it.
-        if first.kind == "mean" and not any(first.values):
-            continue
-        yield from _change(entry.label, first, second)
-
-
 def _from_first(reference: Entry, entry: Entry) -> Iterator[Change]:
     for second in entry.run.evaluation.results:
         first = reference.result(second.intervention, second.prompts, second.metric)
         if second.intervention == BASELINE or is_control(second.intervention) or first is None:
             continue
         if _same_prompts(reference.run, entry.run, second.prompts):
-            yield from _change(entry.label, first, second)
-
-
-def _change(run: str, first: Result, second: Result) -> Iterator[Change]:
-    if len(first.values) != len(second.values):
-        return
-    found = difference(Sample(first.values, first.weights), Sample(second.values, second.weights), second.kind)
-    if found is not None:
-        yield Change(run, first, second, found, found.p)
-
-
-def _corrected(changes: Iterator[Change]) -> tuple[Change, ...]:
-    listed = list(changes)
-    corrected = holm([change.found.p for change in listed])
-    return tuple(replace(change, p=p) for change, p in zip(listed, corrected, strict=True))
+            yield from change(entry.label, first, second)
 
 
 def _same_prompts(one: Run, other: Run, side: Side) -> bool:

@@ -9,12 +9,20 @@ from typing import Any
 
 from refusalkit.artifacts import Evaluation, Result
 from refusalkit.report.charts import Figure, file_name, words
-from refusalkit.report.comparison import Change, Comparison, Entry, alignment, differing
+from refusalkit.report.comparison import Comparison, Entry, alignment, differing
 from refusalkit.report.intervals import chart
-from refusalkit.report.measured import BASELINE, controls_of, costs_first, interventions, metrics, without_number
+from refusalkit.report.measured import (
+    BASELINE,
+    control_mark,
+    controls_of,
+    costs_first,
+    interventions,
+    metrics,
+    without_number,
+)
 from refusalkit.report.page import placed, render
-from refusalkit.report.tables import Table, by_intervention
-from refusalkit.report.wording import MINUS, NOTHING_TO_SHOW, count, duration, number, percent, points, with_interval
+from refusalkit.report.tables import Table, by_intervention, change_row
+from refusalkit.report.wording import NOTHING_TO_SHOW, count, duration, number, with_interval
 from refusalkit.store import cannot_write, write_text
 
 
@@ -32,19 +40,6 @@ class ChoiceRow:
     survivors: str
     scores: tuple[str, str, str]
     alignment: str
-
-
-@dataclass(frozen=True)
-class ChangeRow:
-    """Hold one difference from the first run, as text."""
-
-    run: str
-    intervention: str
-    metric: str
-    side: str
-    change: str
-    p: str
-    marked: bool
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 def render_comparison(comparison: Comparison, folder: Path) -> str:
     """Write the page, which will lie in `folder`."""
     entries = comparison.entries
-    changes = [_change_row(change) for change in comparison.from_first]
+    changes = [change_row(change, change.run, change.second.intervention) for change in comparison.from_first]
     return render(
         "comparison.html.j2",
         kind="comparison",
@@ -163,8 +158,8 @@ def _rows(comparison: Comparison, label: str) -> Iterator[tuple[str, Result]]:
         )
     for entry in comparison.entries:
         names = {label: entry.label}
-        for number_, control in enumerate(controls_of(label, interventions(entry.run.evaluation))):
-            names[control] = f"{entry.label}_random{f'_{number_ + 1}' if number_ else ''}"
+        for control in controls_of(label, interventions(entry.run.evaluation)):
+            names[control] = f"{entry.label}{control_mark(control)}"
         for row in entry.run.evaluation.results:
             if row.intervention in names:
                 yield names[row.intervention], row
@@ -193,25 +188,6 @@ def _figure(results: Sequence[Result], metric: str, label: str) -> Figure:
         description=f"{title} with 95% intervals, by run.",
         chart=chart(results, metric, "share of held-out requests" if rate else unit, rows="run"),
         min_width=320,
-    )
-
-
-def _change_row(change: Change) -> ChangeRow:
-    found, second = change.found, change.second
-    if second.kind == "rate":
-        sign = MINUS if found.value < 0 else ""
-        low, high = (percent(bound).replace("-", MINUS).rstrip("%") for bound in (found.low, found.high))
-        text = f"{sign}{points(found.value)} [{low}, {high}]"
-    else:
-        text = f"{number(found.value)} [{number(found.low)}, {number(found.high)}]"
-    return ChangeRow(
-        change.run,
-        second.intervention,
-        second.metric,
-        second.prompts,
-        text,
-        number(change.p, 2) if change.p >= 0.001 else "< 0.001",
-        change.marked,
     )
 
 

@@ -30,7 +30,7 @@ _SCALE = re.compile(r"\bscale=(-?\d+(?:\.\d+)?)")
 
 @dataclass(frozen=True)
 class Effect:
-    """Hold what one intervention did to one side, and what random directions did in its place."""
+    """Hold what one intervention did to one side, and what control directions did in its place."""
 
     verb: str
     """`removing it`, `adding it`."""
@@ -59,12 +59,12 @@ class Effect:
 
     @property
     def control_change(self) -> float | None:
-        """The largest change a random direction made, or None without a control."""
+        """The largest change a control direction made, or None without a control."""
         return max((abs(row.value - self.before.value) for row in self.controls), default=None)
 
     @property
     def control_matters(self) -> bool:
-        """Whether a random direction did measurably something, and at least half as much."""
+        """Whether a control direction did measurably something, and at least half as much."""
         half = abs(self.after.value - self.before.value) / 2
         return any(_apart(self.before, row) and abs(row.value - self.before.value) >= half for row in self.controls)
 
@@ -149,7 +149,7 @@ def _repair_verdict(repaired: Effect, kept: Effect | None) -> str:
     if repaired.size in ("none", "reversed"):
         return "has no measurable effect on over-refusal" if repaired.size == "none" else "adds to over-refusal"
     if repaired.control_matters:
-        return "lowers over-refusal, but so does a random direction"
+        return "lowers over-refusal, but so does a control direction"
     if kept is not None and kept.size in ("strong", "partial"):
         return "lowers over-refusal, and true refusals with it"
     return "repairs over-refusal" + ("" if repaired.size == "strong" else " in part")
@@ -167,7 +167,7 @@ def _verdict(effects: list[Effect]) -> str:
     if sizes == {"none"}:
         return "has no measurable effect on refusal"
     if any(effect.control_matters for effect in effects if effect.size != "none"):
-        return "changes refusal, but so does a random direction"
+        return "changes refusal, but so does a control direction"
     strong = [effect for effect in effects if effect.size == "strong"]
     if len(strong) == 2:
         return "switches refusal off and on"
@@ -242,12 +242,12 @@ def refusal_metric(evaluation: Evaluation) -> str | None:
 
 
 def _control_clause(effects: list[Effect]) -> str:
-    """Say what random directions did in the place of this one."""
+    """Say what control directions did in the place of this one."""
     known = [effect for effect in effects if effect.control_change is not None]
     if not known:
         return ""
     most = max(len(effect.controls) for effect in known)
-    who = "a random direction" if most == 1 else f"{most} random directions"
+    who = "a control direction" if most == 1 else f"{most} control directions"
     change = "changes" if most == 1 else "change"
     at_most = "" if most == 1 else "at most "
     named = [("this" if len(effects) == 1 else ("the first", "the second")[effects.index(effect)]) for effect in known]

@@ -12,17 +12,23 @@ from refusalkit.metric import SIDES, Side
 BASELINE = "none"
 #: Metrics that say what an intervention breaks.
 COSTS = ("kl", "cross_entropy", "perplexity")
-_RANDOM = re.compile(r"_random(?:[_#]?\d+)?")
+_CONTROL = re.compile(r"_random(?:[_#]?\d+)?|_shuffled")
 
 
 def is_control(label: str) -> bool:
-    """Tell whether an intervention uses a random direction."""
-    return _RANDOM.search(label) is not None
+    """Tell whether an intervention uses a random direction, or that of a shuffled labelling."""
+    return _CONTROL.search(label) is not None
 
 
 def controlled(label: str) -> str:
-    """Return the label of the intervention that a control repeats with a random direction."""
-    return _RANDOM.sub("", label)
+    """Return the label of the intervention that a control repeats with another direction."""
+    return _CONTROL.sub("", label)
+
+
+def control_mark(label: str) -> str:
+    """Return what the label of a control has beside that of what it controls for: `_random_2`, `_shuffled`."""
+    found = _CONTROL.search(label)
+    return found.group() if found else ""
 
 
 def controls_of(label: str, labels: Iterable[str]) -> tuple[str, ...]:

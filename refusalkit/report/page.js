@@ -26,6 +26,25 @@
     document.documentElement.dataset.drawn = dark.matches ? "dark" : "light";
   }
 
+  // What a cell says, with a space where a line breaks, in quotes for CSV.
+  function quoted(cell) {
+    const copy = cell.cloneNode(true);
+    copy.querySelectorAll("br").forEach((line) => line.replaceWith(" "));
+    return `"${copy.textContent.replace(/\s+/g, " ").trim().replaceAll('"', '""')}"`;
+  }
+
+  for (const table of document.querySelectorAll("table")) {
+    const name = table.caption.textContent.trim();
+    const lines = [...table.rows].map((row) => [...row.cells].map(quoted).join(","));
+    const link = document.createElement("a");
+    link.className = "save";
+    link.textContent = "CSV";
+    link.download = `${name}.csv`;
+    link.href = `data:text/csv;charset=utf-8,${encodeURIComponent(lines.join("\n"))}`;
+    link.setAttribute("aria-label", `Save as CSV: ${name}`);
+    table.caption.firstElementChild.append(" ", link);
+  }
+
   dark.addEventListener("change", drawAll);
   drawAll();
 })();

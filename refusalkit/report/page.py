@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from refusalkit.agreement import agreements
 from refusalkit.report import tables
+from refusalkit.report.chance import chance
 from refusalkit.report.charts import Figure, figures, svg
 from refusalkit.report.completions import examples
 from refusalkit.report.finding import sentence
@@ -36,6 +37,7 @@ def render_html(run: Run, *, show_completions: bool = False) -> str:
         **_found(run),
         **_figures(run),
         **_numbers(run),
+        chance=chance(run.folder.name, run.evaluation),
         harmless=examples(run, "harmless", show_completions=show_completions),
         over_refusal=examples(run, "over_refusal", show_completions=show_completions),
         harmful=examples(run, "harmful", show_completions=show_completions),

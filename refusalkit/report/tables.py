@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from refusalkit.agreement import Agreement
 from refusalkit.artifacts import Choice, Evaluation, Result, WeightEdit
 from refusalkit.metric import Side
+from refusalkit.report.changes import Change
 from refusalkit.report.heat_map import scores
 from refusalkit.report.measured import find, in_order, is_control, sides
-from refusalkit.report.wording import number, percent, side_name, without_count
+from refusalkit.report.wording import difference, number, p_value, percent, side_name, without_count
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Column:
     missing: int = 0
     """How many prompts have no value, where that is the same for every number."""
 
+    @property
+    def counted(self) -> str:
+        """What every number rests on, in words; empty where that differs."""
+        return _counted(self.n, self.missing)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -35,6 +41,15 @@ class Cell:
     text: str
     n: int | None = None
     missing: int = 0
+
+    @property
+    def counted(self) -> str:
+        """What the number rests on, in words; empty where its column says so."""
+        return _counted(self.n, self.missing)
+
+
+def _counted(n: int | None, missing: int) -> str:
+    return "" if n is None else f"n = {n}" + (f", {missing} missing" if missing else "")
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,26 @@ def agreement_rows(agreements: Sequence[Agreement]) -> list[AgreementRow]:
         AgreementRow((row.first, row.second), side_name(row.prompts), row.n, percent(row.share), number(row.kappa, 2))
         for row in agreements
     ]
+
+
+@dataclass(frozen=True)
+class ChangeRow:
+    """Hold one difference as text."""
+
+    what: str
+    beside: str
+    metric: str
+    side: Side
+    change: str
+    p: str
+    marked: bool
+
+
+def change_row(change: Change, what: str, beside: str) -> ChangeRow:
+    """Write a difference under what it is the difference of."""
+    second = change.second
+    text = difference(change.found, second.kind)
+    return ChangeRow(what, beside, second.metric, second.prompts, text, p_value(change.p), change.marked)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import textwrap
+from typing import Literal
 
 from refusalkit.artifacts import Result
 from refusalkit.metric import Side
+from refusalkit.paired import Difference
 
 NOTHING_TO_SHOW = "–"
 MINUS = "\N{MINUS SIGN}"
@@ -60,6 +62,20 @@ def points(change: float) -> str:
     """Write a difference of rates in percentage points."""
     rounded = round(100 * abs(change))
     return f"{rounded} point{'' if rounded == 1 else 's'}"
+
+
+def difference(found: Difference, kind: Literal["rate", "mean"]) -> str:
+    """Write a difference with its 95% interval: `−91 points [−97, −83]`, `0.31 [0.2, 0.44]`."""
+    if kind == "mean":
+        return f"{number(found.value)} [{number(found.low)}, {number(found.high)}]"
+    sign = MINUS if round(100 * found.value) < 0 else ""
+    low, high = (percent(bound).replace("-", MINUS).rstrip("%") for bound in (found.low, found.high))
+    return f"{sign}{points(found.value)} [{low}, {high}]"
+
+
+def p_value(p: float) -> str:
+    """Write a p-value; below a thousandth it says no more."""
+    return number(p, 2) if p >= 0.001 else "< 0.001"
 
 
 def count(n: int, noun: str) -> str:

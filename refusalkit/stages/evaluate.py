@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from refusalkit import algebra
 from refusalkit.artifacts import (
     Activations,
     Choice,
@@ -26,24 +25,15 @@ from refusalkit.builtin.interventions import ablate_everywhere
 from refusalkit.engine.request import Completions, Cosines, Losses, Reading, Readings, Request, reading
 from refusalkit.errors import RunError
 from refusalkit.intervals import bootstrap, wilson
-from refusalkit.intervention import NOTHING, Direction, Intervention, InterventionSpec
+from refusalkit.intervention import NOTHING, Direction, Intervention
 from refusalkit.metric import Evidence, Metric, Need, Side
 from refusalkit.recipe import EvaluateSection
 from refusalkit.stages.bench import Bench
+from refusalkit.stages.cases import Case, all_cases
 
 #: What metrics need that rests on completions of the unmodified model.
 WRITTEN: set[Need] = {"completions", "losses"}
 Tokens = tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """Hold one thing to compare: an intervention with the label it has in tables."""
-
-    label: str
-    intervention: Intervention
-    acts: bool
-    """Whether it is meant to change anything."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +97,7 @@ def evaluate(
     unmodified: Unmodified,
     bench: Bench,
 ) -> Evaluation:
-    """Run every intervention, and its random controls, on every side's test prompts.
+    """Run every intervention, and its controls, on every side's test prompts.
 
     Raises `RunError` when an intervention that should act changes no logit.
     """
@@ -122,7 +112,8 @@ def evaluate(
         activations.harmless_mean[row].float(),
         activations.harmful_mean[row].float(),
     )
-    cases = _cases(section, direction)
+    shuffled = None if activations.shuffled is None else activations.shuffled[row, choice.layer].float()
+    cases = all_cases(section, direction, shuffled)
     written = unmodified.completions
     asked = [replace(each, completions=written.get(each.side, ())) for each in _asked(section, splits, bench)]
     outcomes, separation = _on_activations(cases, asked, direction, bench)
@@ -146,36 +137,6 @@ def evaluate(
         separation=separation,
         weight_edits=tuple(edits),
     )
-
-
-def _cases(section: EvaluateSection, direction: Direction) -> list[Case]:
-    """List what to run: the unmodified model first, then each intervention followed by its controls."""
-    cases = [Case("none", NOTHING, acts=False)]
-    for spec in section.interventions:
-        if not spec.uses_direction:
-            continue
-        cases.append(Case(spec.label, spec.build(direction), acts=True))
-        if spec.on_weights:
-            # Its control would be that of the same ablation in the activations.
-            continue
-        for number in range(section.controls):
-            control = _random_like(direction, section.seed + number)
-            cases.append(Case(_control_label(spec, number), spec.build(control), acts=False))
-    return cases
-
-
-def _control_label(spec: InterventionSpec, number: int) -> str:
-    name, parenthesis, options = spec.label.partition("(")
-    suffix = f"_{number + 1}" if number else ""
-    return f"{name}_random{suffix}{parenthesis}{options}"
-
-
-def _random_like(direction: Direction, seed: int) -> Direction:
-    """Draw a random direction with the norm of `direction`; gates still read along the one that was found."""
-    vector = direction.vector
-    draw = torch.randn(vector.shape, generator=torch.Generator().manual_seed(seed))
-    scaled = algebra.unit(draw) * vector.norm(dim=-1, keepdim=True)
-    return replace(direction, vector=scaled, found=vector)
 
 
 def _asked(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tuple[Asked, ...]:
