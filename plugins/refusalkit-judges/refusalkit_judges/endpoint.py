@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from threading import Event
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -99,14 +99,15 @@ class Endpoint:
 
         none = 0
         with httpx.Client(headers=self._headers(), timeout=self.timeout_s) as client:
-            pool = ThreadPoolExecutor(concurrency)
+            pool, stop = ThreadPoolExecutor(concurrency), Event()
             try:
-                waiting = {pool.submit(self._reply, client, body): index for index, body in enumerate(bodies)}
+                waiting = {pool.submit(self._reply, client, body, stop): index for index, body in enumerate(bodies)}
                 for done in as_completed(waiting):
                     text = done.result()
                     none += text is None
                     yield waiting[done], text
             finally:
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
         if none == len(bodies):
             raise RunError(
@@ -115,7 +116,8 @@ class Endpoint:
                 hint="see whether it runs and takes requests, then run the recipe again",
             )
 
-    def _reply(self, client: httpx.Client, body: Mapping[str, Any]) -> str | None:
+    def _reply(self, client: httpx.Client, body: Mapping[str, Any], stop: Event) -> str | None:
+        """Return the text of one reply, asking again until there is one, patience ends or `stop` is set."""
         import httpx
 
         for attempt in range(self.retries + 1):
@@ -130,8 +132,8 @@ class Endpoint:
                 if response.status_code not in PASSING:
                     return _text(response)
                 asked_to_wait = response.headers.get("retry-after")
-            if attempt < self.retries:
-                time.sleep(_wait(attempt, asked_to_wait))
+            if attempt < self.retries and stop.wait(_wait(attempt, asked_to_wait)):
+                break
         return None
 
 

@@ -87,7 +87,8 @@ def test_half_garbage_is_half_missing_in_the_table_and_in_the_intervals(garbled:
     assert {(row["n"], row["missing"]) for row in judged} == {(4, 4)}
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "n = 4, 4 missing" in page
-    assert left_out(run.evaluation) == f"missing values: 24 of 48 by {', '.join(dict.fromkeys(r.metric for r in rows))}"
+    by = f"{len(rows) // 4 * N // 2} of {len(rows) // 4 * N} by {', '.join(dict.fromkeys(row.metric for row in rows))}"
+    assert left_out(run.evaluation) == f"missing values: {by}"
     twice = text(compare([tmp_path / "run", _second(garbled, tmp_path)]))
     assert "rubric_refusal, fraction of prompts, [95% interval], 4 a side, 4 missing" in twice
     assert max(map(len, twice.splitlines())) <= 80
@@ -102,9 +103,11 @@ def _second(chat: Chat, folder: Path) -> Path:
 def test_verdicts_are_compared_with_substrings_where_both_exist(garbled: Chat, tmp_path: Path) -> None:
     setting = asking(garbled, "refusal_rate").replace("model: m", "model: m, concurrency: 1")
     execute(plan_of(tmp_path, setting), tmp_path / "run", until="evaluate")
-    found = {row["prompts"]: row for row in summary_of(tmp_path / "run")["agreement"]}
-    # Of the unmodified model, under ablation and under its control: half of eight each.
-    assert {side: row["n"] for side, row in found.items()} == {"harmful": 12, "harmless": 12}
+    summary = summary_of(tmp_path / "run")
+    found = {row["prompts"]: row for row in summary["agreement"]}
+    labels = {row["intervention"] for row in summary["evaluation"]}
+    assert len(labels) >= 3
+    assert {row["n"] for row in found.values()} == {len(labels) * N // 2}
     assert (found["harmful"]["first"], found["harmful"]["second"]) == ("refusal_rate", "rubric_refusal")
     assert [row["share"] for row in found.values()] == [1.0, 1.0]
     assert found["harmful"]["kappa"] == 1.0
@@ -139,7 +142,7 @@ def test_a_rerun_in_a_new_folder_asks_nothing(chat: Chat, tmp_path: Path) -> Non
     for name in ("one", "two"):
         execute(plan_of(tmp_path, asking(chat)), tmp_path / name, until="evaluate")
     asked = len(chat.asked)
-    assert 0 < asked <= 3 * 2 * N
+    assert 0 < asked <= len({row["intervention"] for row in summary_of(tmp_path / "one")["evaluation"]}) * 2 * N
     assert summary_of(tmp_path / "one") == summary_of(tmp_path / "two")
     assert len(set(chat.asked)) == asked
 
