@@ -10,6 +10,10 @@ from typing import NamedTuple
 from refusalkit.artifacts import Result
 from refusalkit.metric import SIDES, Side
 
+_RESAMPLES = 2000
+#: The place of a prompt, and the verdicts of two metrics on one completion of it.
+Judged = tuple[int, float, float]
+
 
 class Agreement(NamedTuple):
     """Hold how far two metrics that give verdicts agree on one side's prompts, under all interventions."""
@@ -24,6 +28,9 @@ class Agreement(NamedTuple):
     kappa: float
     """Cohen's kappa: 0 is what chance makes of their rates, 1 is full agreement. Not-a-number where chance alone would
     make them agree, since each says the same of every completion."""
+    low: float
+    """95% interval of kappa: percentile bootstrap over prompts, each with its completions under every intervention."""
+    high: float
 
 
 def agreements(results: Sequence[Result]) -> tuple[Agreement, ...]:
@@ -36,30 +43,51 @@ def agreements(results: Sequence[Result]) -> tuple[Agreement, ...]:
     for first, second in combinations(verdicts, 2):
         same = verdicts[first] == verdicts[second]
         for side in SIDES if same else ("harmful",):
-            pairs = _pairs(results, first, second, side)
-            if pairs is not None:
-                found.append(cohen(first, second, side, [(a, b if same else 1 - b) for a, b in pairs]))
+            judged = _judged(results, first, second, side)
+            if judged is not None:
+                found.append(cohen(first, second, side, [(at, a, b if same else 1 - b) for at, a, b in judged]))
     return tuple(found)
 
 
-def _pairs(results: Sequence[Result], first: str, second: str, side: Side) -> list[tuple[float, float]] | None:
+def _judged(results: Sequence[Result], first: str, second: str, side: Side) -> list[Judged] | None:
     """Return the verdicts of two metrics on the same completions, missing ones too; None where one has none."""
     rows = {(row.intervention, row.metric): row.values for row in results if row.prompts == side}
     both = [label for label, metric in rows if metric == first and (label, second) in rows]
     if not both:
         return None
-    return [pair for label in both for pair in zip(rows[label, first], rows[label, second], strict=True)]
+    pairs = [zip(rows[label, first], rows[label, second], strict=True) for label in both]
+    return [(prompt, *pair) for under in pairs for prompt, pair in enumerate(under)]
 
 
-def cohen(first: str, second: str, side: Side, pairs: Sequence[tuple[float, float]]) -> Agreement:
-    """Compare two verdicts of 0 or 1 a completion (Cohen 1960); a pair with a missing one is not counted."""
+def cohen(first: str, second: str, side: Side, judged: Sequence[Judged]) -> Agreement:
+    """Compare two verdicts of 0 or 1 a completion (Cohen 1960); where one is missing the completion is not counted."""
     from sklearn.metrics import cohen_kappa_score
 
-    present = [pair for pair in pairs if not any(map(math.isnan, pair))]
+    present = [both for both in judged if not any(map(math.isnan, both))]
     if not present:
-        return Agreement(first, second, side, 0, math.nan, math.nan)
-    ours, theirs = zip(*present, strict=True)
-    share = sum(a == b for a, b in present) / len(present)
+        return Agreement(first, second, side, 0, math.nan, math.nan, math.nan, math.nan)
+    _, ours, theirs = zip(*present, strict=True)
+    share = sum(a == b for _, a, b in present) / len(present)
     settled = len(set(ours)) == len(set(theirs)) == 1 and share == 1
     kappa = math.nan if settled else float(cohen_kappa_score(ours, theirs, labels=[0.0, 1.0]))
-    return Agreement(first, second, side, len(present), share, kappa)
+    return Agreement(first, second, side, len(present), share, kappa, *_interval(present))
+
+
+def _interval(present: Sequence[Judged]) -> tuple[float, float]:
+    """Draw prompts with replacement 2,000 times; a draw in which both always say the same has no kappa."""
+    import torch
+
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompt for prompt, _, _ in present))}
+    tables = torch.zeros((len(places), 2, 2), dtype=torch.float64)
+    for prompt, a, b in present:
+        tables[places[prompt], int(a), int(b)] += 1
+    generator = torch.Generator().manual_seed(0)
+    drawn = tables[torch.randint(len(places), (_RESAMPLES, len(places)), generator=generator)].sum(1)
+    shares = drawn / drawn.sum((1, 2), keepdim=True)
+    agreed = shares.diagonal(dim1=1, dim2=2).sum(-1)
+    chance = (shares.sum(1) * shares.sum(2)).sum(-1)
+    kappas = ((agreed - chance) / (1 - chance))[chance < 1]
+    if len(kappas) == 0:
+        return math.nan, math.nan
+    low, high = torch.quantile(kappas, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

@@ -36,15 +36,29 @@ def only(*results: Result) -> Agreement:
 
 def test_a_judge_agrees_with_itself_and_a_contrary_one_does_worse_than_chance() -> None:
     contrary = tuple(1 - value for value in REFUSED)
-    assert only(judged("a", REFUSED), judged("b", REFUSED))[3:] == (8, 1.0, 1.0)
+    assert only(judged("a", REFUSED), judged("b", REFUSED))[3:] == (8, 1.0, 1.0, 1.0, 1.0)
     assert only(judged("a", REFUSED), judged("b", contrary)).kappa < 0
 
 
 def test_kappa_is_what_the_table_of_cohen_gives() -> None:
     # 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: 0.7 agree, and chance makes 0.5 of these rates.
     pairs = [(1.0, 1.0)] * 20 + [(1.0, 0.0)] * 5 + [(0.0, 1.0)] * 10 + [(0.0, 0.0)] * 15
-    found = cohen("a", "b", "harmful", pairs)
+    found = cohen("a", "b", "harmful", [(prompt, *pair) for prompt, pair in enumerate(pairs)])
     assert (found.n, found.share, found.kappa) == (50, 0.7, pytest.approx(0.4))
+    # Fleiss, Cohen and Everitt (1969) give a standard error of 0.127.
+    assert (found.low, found.high) == pytest.approx((0.4 - 1.96 * 0.127, 0.4 + 1.96 * 0.127), abs=0.03)
+
+
+def test_the_same_prompt_under_several_interventions_is_drawn_as_one() -> None:
+    other = (1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0)
+    once = only(judged("a", REFUSED), judged("b", other))
+    labels = ("none", "ablate", "steer")
+    often = only(
+        *(judged("a", REFUSED, label=name) for name in labels), *(judged("b", other, label=name) for name in labels)
+    )
+    assert often.n == 3 * once.n
+    # Three copies are no more evidence than one.
+    assert often[4:] == pytest.approx(once[4:])
 
 
 def test_the_order_of_two_judges_does_not_matter() -> None:
@@ -55,7 +69,7 @@ def test_the_order_of_two_judges_does_not_matter() -> None:
 
 def test_a_missing_verdict_is_not_counted() -> None:
     gaps = (1.0, NAN, 1.0, NAN, 0.0, 1.0, NAN, NAN)
-    assert only(judged("a", REFUSED), judged("b", gaps))[3:] == (4, 1.0, 1.0)
+    assert only(judged("a", REFUSED), judged("b", gaps))[3:] == (4, 1.0, 1.0, 1.0, 1.0)
     nothing = only(judged("a", REFUSED), judged("b", (NAN,) * 8))
     assert (nothing.n, math.isnan(nothing.share), math.isnan(nothing.kappa)) == (0, True, True)
 

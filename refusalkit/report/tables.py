@@ -107,7 +107,14 @@ class AgreementRow:
 def agreement_rows(agreements: Sequence[Agreement]) -> list[AgreementRow]:
     """Write how far every two judges agree."""
     return [
-        AgreementRow((row.first, row.second), side_name(row.prompts), row.n, percent(row.share), number(row.kappa, 2))
+        AgreementRow(
+            (row.first, row.second),
+            side_name(row.prompts),
+            row.n,
+            percent(row.share),
+            number(row.kappa, 2)
+            + (f" [{number(row.low, 2)}, {number(row.high, 2)}]" if math.isfinite(row.kappa + row.low) else ""),
+        )
         for row in agreements
     ]
 
