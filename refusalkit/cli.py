@@ -176,11 +176,13 @@ def _execute(plan: Plan, folder: Path, until: Until = Until.report) -> None:
     with progress() as shown:
         execute(plan, folder, shown, until.value)
     if until is Until.report:
-        from refusalkit.report.finding import sentence
+        from refusalkit.report.finding import left_out, sentence
         from refusalkit.run_directory import read_run
 
         finished = read_run(folder)
         print(sentence(finished.choice, finished.evaluation, repairs=finished.candidates.repairs), file=sys.stderr)
+        if missing := left_out(finished.evaluation):
+            print(missing, file=sys.stderr)
 
 
 @app.command()

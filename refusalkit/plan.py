@@ -133,6 +133,8 @@ def make_plan(
     )
     _check_sides(recipe)
     _check_finds_again(recipe)
+    for metric in recipe.evaluate.metrics:
+        metric.check()
     find = fitted(
         recipe.find,
         Setting(

@@ -302,7 +302,7 @@ def hooks_page(registry: Registry) -> str:
 
 
 def _members(base: type) -> list[str]:
-    """List the fields, class variables and abstract methods that a provider has or sets."""
+    """List the fields, class variables and methods that a provider has or sets."""
     helps = attribute_docs(base)
     own = inspect.get_annotations(base)
     if is_dataclass(base):
@@ -316,9 +316,15 @@ def _members(base: type) -> list[str]:
         if not name.startswith("_") and name != "model_config"
         for line in _item(f"`{name}: {annotation}`", helps.get(name, ""))
     ]
-    asked = [name for name, value in vars(base).items() if inspect.isfunction(value) and not name.startswith("_")]
-    for name in sorted(getattr(base, "__abstractmethods__", ())) or (
-        asked if base in (Subject, DifferentiableSubject) else ()
+    public = {name: value for name, value in vars(base).items() if not name.startswith("_")}
+    asked = [name for name, value in public.items() if inspect.isfunction(value)]
+    if base is Metric:
+        for name, value in public.items():
+            if isinstance(value, property):
+                returned = inspect.signature(value.fget).return_annotation  # type: ignore[arg-type]
+                lines += _item(f"`{name}: {returned}`", " ".join((inspect.getdoc(value) or "").split()))
+    for name in (
+        asked if base in (Subject, DifferentiableSubject, Metric) else sorted(getattr(base, "__abstractmethods__", ()))
     ):
         method = getattr(base, name)
         about = " ".join((inspect.getdoc(method) or "").split())

@@ -21,7 +21,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors", "algebra", "intervals", "paired", "progress"),
     ("adapter", "strategy", "selector", "intervention", "metric", "prompt_source", "command", "arithmetic"),
-    ("hookspecs", "artifacts", "store", "prompt_split", "template", "tiny"),
+    ("hookspecs", "artifacts", "agreement", "store", "prompt_split", "template", "tiny"),
     ("builtin",),
     ("registry",),
     ("recipe", "recipe_faults", "recipe_file", "sweep"),

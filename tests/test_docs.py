@@ -40,6 +40,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 COMPARE = ROOT / "recipes" / "methods" / "compare.yaml"
 METHODS = sorted(path for path in COMPARE.parent.glob("*.yaml") if path != COMPARE)
 #: Pages that are followed by tests of their own.
+JUDGES_PAGE = DOCS / "how-to" / "judge-completions.md"
 TUTORIAL, PLUGIN_PAGE = DOCS / "tutorial" / "from-zero.md", DOCS / "how-to" / "write-a-plugin.md"
 #: Those that are about finding a direction, and not about using it.
 FINDING = [path for path in METHODS if "\nfind:" in path.read_text(encoding="utf-8")]
@@ -257,13 +258,23 @@ def _parse(group: Any, arguments: list[str]) -> None:
         command.make_context(name, rest)
 
 
-@pytest.mark.parametrize("page", [page for page in _with("yaml") if page != PLUGIN_PAGE], ids=_name)
+@pytest.mark.parametrize("page", [p for p in _with("yaml") if p not in (PLUGIN_PAGE, JUDGES_PAGE)], ids=_name)
 def test_every_recipe_that_is_shown_validates(page: Path, registry: Registry) -> None:
     for block in _blocks(page):
         if block.title == "thresholds.yaml":
             Thresholds.model_validate(yaml.safe_load(block.text))
         elif block.language == "yaml":
             _recipe(yaml.safe_load(block.text), registry)
+
+
+def test_the_judges_that_are_shown_are_those_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "plugins" / "refusalkit-judges")
+    known = load_registry([importlib.import_module("refusalkit_judges")], entry_points=False)
+    readme = ROOT / "plugins" / "refusalkit-judges" / "README.md"
+    for page in (JUDGES_PAGE, readme):
+        (block,) = [block for block in _blocks(page) if block.language == "yaml"]
+        recipe = _recipe(yaml.safe_load(block.text), known)
+        assert {"llama_guard", "strongreject", "rubric"} <= {metric.metric for metric in recipe.evaluate.metrics}
 
 
 def _recipe(shown: Mapping[str, Any], registry: Registry) -> Recipe:

@@ -12,13 +12,14 @@ import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from refusalkit.agreement import agreements
 from refusalkit.report import tables
 from refusalkit.report.chance import chance
 from refusalkit.report.charts import Figure, figures, svg
 from refusalkit.report.completions import examples
 from refusalkit.report.finding import sentence
 from refusalkit.report.heat_map import BASELINE_STRATEGY
-from refusalkit.report.measured import costs_first, interventions, is_control, metrics
+from refusalkit.report.measured import costs_first, interventions, is_control, metrics, without_number
 from refusalkit.report.provenance import provenance
 from refusalkit.report.theme import config
 from refusalkit.report.wording import count, number, token
@@ -140,5 +141,7 @@ def _numbers(run: Run) -> dict[str, Any]:
         "has_controls": any(map(is_control, interventions(evaluation))),
         "rate_tables": {name: tables.by_intervention(evaluation, [name]) for name in rates},
         "mean_table": tables.by_intervention(evaluation, means),
+        "missing_table": tables.by_intervention(evaluation, without_number(evaluation)),
+        "agreement_rows": tables.agreement_rows(agreements(evaluation.results)),
         "weight_edits": tables.weight_edits(evaluation.weight_edits),
     }
