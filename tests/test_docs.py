@@ -24,7 +24,7 @@ import torch
 import typer
 import yaml
 
-from refusalkit import adapter, hookspecs, intervention, metric, prompt_source, reference, selector, strategy
+from refusalkit import adapter, command, hookspecs, intervention, metric, prompt_source, reference, selector, strategy
 from refusalkit.audit.thresholds import Thresholds
 from refusalkit.cli import app
 from refusalkit.pipeline import execute
@@ -200,7 +200,7 @@ def test_the_generated_reference_is_up_to_date() -> None:
 def test_every_hook_is_explained_with_all_it_returns_and_is_given() -> None:
     headings = set(re.findall(r"^#+ `(\w+)`", reference.pages()["hooks.md"], re.MULTILINE))
     hooks = {name for name in vars(hookspecs) if name.startswith("refusalkit_")}
-    modules = (adapter, strategy, selector, intervention, metric, prompt_source)
+    modules = (adapter, strategy, selector, intervention, metric, prompt_source, command)
     classes = {
         name
         for module in modules
