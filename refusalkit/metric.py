@@ -20,6 +20,8 @@ SIDES: tuple[Side, ...] = get_args(Side)
 #: intervention's completions under the unmodified model, `text_losses` the texts of a `TextMetric`.
 Need = Literal["completions", "scores", "logits", "losses", "token_kl", "written_losses", "text_losses", "projections"]
 Count = Annotated[int, Field(ge=1, strict=True)]
+#: What a one says of a completion: that it refuses, or that it holds something harmful.
+Verdict = Literal["refused", "harmful"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,7 @@ class Values:
     """Hold one number a prompt, from which the stage takes the mean and its interval."""
 
     values: tuple[float, ...]
+    """Not-a-number where it cannot be told: counted as missing, and in no mean."""
     weights: tuple[float, ...] | None = None
     """What each prompt counts; None for equally. The cross-entropy is a mean over tokens, so prompts count by them."""
 
@@ -88,6 +91,27 @@ class Metric(BaseModel, ABC):
             if name != "metric" and getattr(self, name) != field.default
         )
         return f"{self.metric}({shown})" if shown else self.metric
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What a one says of a completion, for a rate over completions; such verdicts are compared with each other."""
+        return None
+
+    @property
+    def parts(self) -> tuple[Metric, ...]:
+        """What is measured in its place: a metric that counts several things has a part for each."""
+        return (self,)
+
+    @property
+    def sends_to(self) -> str | None:
+        """The host that gets the prompts and their completions; None where nothing leaves this machine."""
+        return None
+
+    def check(self) -> None:
+        """Raise `InputError`, before anything runs, for what it needs and this machine does not have."""
+
+    def ready(self) -> None:
+        """Raise `RunError` as the evaluation starts, for what would otherwise fail at its end, hours later."""
 
     @abstractmethod
     def measure(self, evidence: Evidence) -> Values:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 import refusalkit
+from refusalkit.agreement import agreements
 from refusalkit.artifacts import (
     Activations,
     Artifact,
@@ -193,6 +194,8 @@ def _run(runner: Runner, until: str) -> None:
 
 def _evaluate(runner: Runner, found: tuple[Activations, Choice], splits: PromptSplits) -> Evaluation:
     section = runner.plan.evaluate
+    for metric in section.metrics:
+        metric.ready()
     unmodified, _ = runner.obtain(Unmodified, lambda: evaluate.complete(section, splits, runner.bench()))
     return evaluate.evaluate(section, found, splits, unmodified, runner.bench())
 
@@ -317,10 +320,20 @@ def summary(recipe: str, model: Mapping[str, str | None], choice: Choice, result
         },
         "evaluation": [
             # Through JSON text, which writes a number that is none (no prompt had a value) as null.
-            json.loads(result.model_dump_json(include=_SUMMARISED))
+            json.loads(result.model_dump_json(include=_SUMMARISED)) | {"missing": result.missing}
             for result in results
         ],
+        **_agreement(results),
     }
+
+
+def _agreement(results: Sequence[Result]) -> dict[str, Any]:
+    """Return how far verdicts agree, where there are verdicts to compare."""
+    rows = [
+        {key: None if isinstance(value, float) and isnan(value) else value for key, value in row._asdict().items()}
+        for row in agreements(results)
+    ]
+    return {"agreement": rows} if rows else {}
 
 
 _SUMMARISED = {"intervention", "prompts", "metric", "value", "low", "high", "n"}

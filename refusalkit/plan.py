@@ -101,13 +101,18 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples: bool = False) -> Plan:
+def make_plan(
+    recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples: bool = False, measured: Split = "test"
+) -> Plan:
     """Resolve a recipe whose relative paths start at `folder`.
 
+    With `measured="validation"` the run evaluates on the validation prompts, unfiltered, and knows no test prompt: for
+    whoever chooses between runs.
     Raises `InputError` for a model, adapter, prompt source or option that cannot be used.
     """
     _check_remote(recipe)
     pools, dropped = read_pools(recipe.prompts, folder, registry)
+    pools = {side: {**splits, "test": splits[measured]} for side, splits in pools.items()}
     checkpoint = open_checkpoint(recipe.model, registry)
     _check_quantized(recipe)
     template = chat_template(recipe, checkpoint)
@@ -128,6 +133,8 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples
     )
     _check_sides(recipe)
     _check_finds_again(recipe)
+    for metric in recipe.evaluate.metrics:
+        metric.check()
     find = fitted(
         recipe.find,
         Setting(

@@ -44,7 +44,8 @@ def describe(plan: Plan, out: Path) -> str:
         ("find", f"{plan.find.label}: {'at most ' if plan.find.needs_model else ''}{plan.n_candidates} candidates"),
         ("select", f"{recipe.select.selector}, {_options(recipe.select)}"),
         ("evaluate", ", ".join(spec.label for spec in recipe.evaluate.interventions)),
-        ("", ", ".join(metric.label for metric in recipe.evaluate.metrics)),
+        ("", ", ".join(part.label for metric in recipe.evaluate.metrics for part in metric.parts)),
+        *_sent(plan),
         *_gradients(recipe),
         *[("forward" if number == 0 else "", text) for number, text in enumerate(_passes(plan))],
         ("out", str(out)),
@@ -99,6 +100,16 @@ def _server(plan: Plan) -> list[tuple[str, str]]:
         ("jobs", f"about {sum(cost.jobs for cost in stages.values())}: {counts}"),
         ("bytes", f"at most about {bytes_of(up)} up, {bytes_of(down)} down"),
     ]
+
+
+def _sent(plan: Plan) -> list[tuple[str, str]]:
+    """Say which hosts get prompts and completions."""
+    rows = []
+    for metric in plan.recipe.evaluate.metrics:
+        if metric.sends_to is not None:
+            sides = " and ".join(side.replace("_", "-") for side in plan.prompts.sides if side in metric.sides)
+            rows.append(("sends", f"{sides} prompts and their completions are sent to {metric.sends_to}"))
+    return rows
 
 
 def _gradients(recipe: Recipe) -> list[tuple[str, str]]:

@@ -28,6 +28,7 @@ from refusalkit import hookspecs, testing
 from refusalkit.adapter import Adapter, Family, Gain, Matrix, Refusal, Write
 from refusalkit.arithmetic import OPERATIONS
 from refusalkit.cli import app
+from refusalkit.command import Command
 from refusalkit.interchange.content import Trait
 from refusalkit.interchange.formats import FORMATS
 from refusalkit.intervention import ActivationSpec, Direction, Edit, Gate, Intervention, InterventionSpec, Place
@@ -278,6 +279,7 @@ _BASES: dict[str, tuple[tuple[type, ...], Callable[..., Any]]] = {
     ),
     "metrics": ((Metric, TextMetric, Evidence, Values), testing.check_metric),
     "prompt_sources": ((PromptSource, Passage), testing.check_prompt_source),
+    "commands": ((Command,), testing.check_command),
 }
 
 
@@ -292,14 +294,15 @@ def hooks_page(registry: Registry) -> str:
         for base in bases:
             lines += ["", f"### `{base.__name__}`", "", *_paragraphs(base), "", *_members(base)]
         lines += ["", "### Laws", "", *_wrapped(f"`refusalkit.testing.{laws.__name__}`: {_doc(laws)}")]
-        lines += ["", "### Built in", ""]
-        for name, value in getattr(registry, kind).items():
+        built_in = getattr(registry, kind)
+        lines += ["", "### Built in", ""] if built_in else []
+        for name, value in built_in.items():
             lines += _item(f"`{name}`, from {registry.owner(hook, name).name}", _about(value))
     return "\n".join(lines) + "\n"
 
 
 def _members(base: type) -> list[str]:
-    """List the fields, class variables and abstract methods that a provider has or sets."""
+    """List the fields, class variables and methods that a provider has or sets."""
     helps = attribute_docs(base)
     own = inspect.get_annotations(base)
     if is_dataclass(base):
@@ -313,9 +316,15 @@ def _members(base: type) -> list[str]:
         if not name.startswith("_") and name != "model_config"
         for line in _item(f"`{name}: {annotation}`", helps.get(name, ""))
     ]
-    asked = [name for name, value in vars(base).items() if inspect.isfunction(value) and not name.startswith("_")]
-    for name in sorted(getattr(base, "__abstractmethods__", ())) or (
-        asked if base in (Subject, DifferentiableSubject) else ()
+    public = {name: value for name, value in vars(base).items() if not name.startswith("_")}
+    asked = [name for name, value in public.items() if inspect.isfunction(value)]
+    if base is Metric:
+        for name, value in public.items():
+            if isinstance(value, property):
+                returned = inspect.signature(value.fget).return_annotation  # type: ignore[arg-type]
+                lines += _item(f"`{name}: {returned}`", " ".join((inspect.getdoc(value) or "").split()))
+    for name in (
+        asked if base in (Subject, DifferentiableSubject, Metric) else sorted(getattr(base, "__abstractmethods__", ()))
     ):
         method = getattr(base, name)
         about = " ".join((inspect.getdoc(method) or "").split())

@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from refusalkit.builtin.phrases import says_no
-from refusalkit.metric import Count, Evidence, Metric, TextMetric, Values
+from refusalkit.metric import Count, Evidence, Metric, TextMetric, Values, Verdict
 
 
 class RefusalRate(Metric):
@@ -24,6 +24,10 @@ class RefusalRate(Metric):
     phrases: Literal["paper", "wide"] = "paper"
     """`paper`: the twelve of Arditi et al. (2024, appendix D.1), compared as they stand. `wide`: these and 55 more
     ways to decline, compared after quotes, markup, invisible characters, white space and case are made alike."""
+
+    @property
+    def verdict(self) -> Verdict:
+        return "refused"
 
     def measure(self, evidence: Evidence) -> Values:
         return Values(tuple(float(says_no(text, wide=self.phrases == "wide")) for text in evidence.completions))

@@ -70,6 +70,12 @@ def is_cost(metric: str) -> bool:
     return metric.partition("(")[0] in COSTS
 
 
+def without_number(evaluation: Evaluation) -> tuple[str, ...]:
+    """Return the names of the metrics whose values are all missing."""
+    shown = {row.metric for row in evaluation.results if math.isfinite(row.value)}
+    return tuple(dict.fromkeys(row.metric for row in evaluation.results if row.missing and row.metric not in shown))
+
+
 def costs_first(names: Iterable[str]) -> tuple[str, ...]:
     """Put the metrics that say what an intervention breaks before the others."""
     return tuple(sorted(names, key=lambda name: not is_cost(name)))
@@ -84,6 +90,6 @@ def find(results: Sequence[Result], intervention: str, side: Side, metric: str) 
 
 
 def sides(results: Iterable[Result], metric: str) -> tuple[Side, ...]:
-    """Return the sides on which a metric was taken."""
-    seen = {row.prompts for row in results if row.metric == metric and math.isfinite(row.value)}
+    """Return the sides on which a metric was taken, those included where every value is missing."""
+    seen = {row.prompts for row in results if row.metric == metric and (math.isfinite(row.value) or row.missing)}
     return tuple(side for side in SIDES if side in seen)

@@ -86,6 +86,7 @@ Outcomes = dict[tuple[str, Side], Outcome]
 
 def asked_of(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tuple[Asked, ...]:
     """Render every side's test prompts and the texts of the metrics that mean something there."""
+    metrics = [part for metric in section.metrics for part in metric.parts]
     return tuple(
         Asked(
             side,
@@ -93,8 +94,8 @@ def asked_of(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tu
             bench.tokens(splits.of(side, "test")),
             bench.openings(splits.of(side, "test")),
             splits.openers.token_ids,
-            tuple(metric for metric in section.metrics if side in metric.sides),
-            {m.label: _tokenised(m, bench) for m in section.metrics if isinstance(m, TextMetric) and side in m.sides},
+            tuple(metric for metric in metrics if side in metric.sides),
+            {m.label: _tokenised(m, bench) for m in metrics if isinstance(m, TextMetric) and side in m.sides},
             section.max_new_tokens,
         )
         for side in splits.sides

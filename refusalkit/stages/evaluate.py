@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isnan
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from refusalkit.artifacts import (
     WeightEdit,
 )
 from refusalkit.builtin.interventions import ablate_everywhere
-from refusalkit.engine.request import Completions, Cosines, Readings, Request, reading
+from refusalkit.engine.request import Capture, Completions, Cosines, Readings, Request, reading
 from refusalkit.errors import RunError
 from refusalkit.intervals import bootstrap, wilson
 from refusalkit.intervention import NOTHING, Direction, Intervention
@@ -83,6 +84,7 @@ def evaluate(
         activations.harmless_mean[row].float(),
         activations.harmful_mean[row].float(),
     )
+    direction = replace(direction, validation=_calibration(section, direction, splits, bench))
     shuffled = None if activations.shuffled is None else activations.shuffled[row, choice.layer].float()
     cases = all_cases(section, direction, shuffled)
     written = unmodified.completions
@@ -98,16 +100,31 @@ def evaluate(
         _check(case, *({each.side: outcomes[label, each.side] for each in asked} for label in (case.label, "none")))
     outcomes = {key: replace(made, sums={**made.sums, **shared[key]}) for key, made in outcomes.items()}
     outcomes = read_back(asked, outcomes, bench)
-    results: list[Result] = []
-    generated = []
-    for case in cases:
-        for each in asked:
-            numbers, texts = _results(case, each, outcomes[case.label, each.side], section.seed, bench)
-            results += numbers
-            generated += texts
+    evidence = {
+        (case.label, each.side): _evidence(each, outcomes[case.label, each.side], bench)
+        for case in cases
+        for each in asked
+    }
+    results = _measured(section, evidence, outcomes, bench)
     return Evaluation(
-        results=tuple(results), generated=tuple(generated), separation=separation, weight_edits=tuple(edits)
+        results=results,
+        generated=_generated(evidence, results),
+        separation=separation,
+        weight_edits=tuple(edits),
     )
+
+
+def _calibration(
+    section: EvaluateSection, direction: Direction, splits: PromptSplits, bench: Bench
+) -> Mapping[int, Tensor]:
+    """Read harmless validation prompts where interventions set their thresholds by them: by layer [prompt, d_model]."""
+    layers = sorted({layer for spec in section.interventions for layer in spec.calibrated_in(direction.layer)})
+    if not layers:
+        return {}
+    tokens = bench.tokens(splits.of("harmless", "validation"))
+    request = Capture(tokens, (direction.position,), direction.site, keep_samples=True, layers=tuple(layers))
+    (found,) = bench.engine.run([request], bench.advance("validation prompts"))
+    return dict(zip(layers, found.samples[:, 0].unbind(1), strict=True))
 
 
 def _on_activations(
@@ -227,15 +244,13 @@ def _why_nothing(intervention: Intervention) -> str:
     )
 
 
-def _results(
-    case: Case, asked: Asked, outcome: Outcome, seed: int, bench: Bench
-) -> tuple[list[Result], list[Generated]]:
-    """Let the metrics of one side measure an outcome; also return its completions as text, where there are any."""
+def _evidence(asked: Asked, outcome: Outcome, bench: Bench) -> Evidence:
+    """Gather what the metrics of one side look at, but for what is summed over tokens."""
     answers: tuple[tuple[int, ...], ...] = ()
     if asked.writes:
         answers = tuple(bench.template.answer(ids) or () for ids in outcome.completions)
     texts = tuple(bench.template.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers)
-    evidence = Evidence(
+    return Evidence(
         asked.side,
         asked.prompts,
         asked.opener_ids,
@@ -246,15 +261,6 @@ def _results(
         logits=outcome.reading.logits,
         baseline_logits=outcome.unmodified,
     )
-    measured = [
-        (metric, _result(metric, case.label, _with_sums(evidence, metric, outcome), seed)) for metric in asked.metrics
-    ]
-    generated = []
-    if texts:
-        verdicts = [result.values for metric, result in measured if (metric.kind, metric.needs) == _VERDICT]
-        refused = tuple(value == 1 for value in verdicts[0]) if verdicts else None
-        generated = [Generated(intervention=case.label, prompts=asked.side, texts=texts, refused=refused)]
-    return [result for _, result in measured], generated
 
 
 def _with_sums(evidence: Evidence, metric: Metric, outcome: Outcome) -> Evidence:
@@ -276,8 +282,39 @@ def _with_sums(evidence: Evidence, metric: Metric, outcome: Outcome) -> Evidence
             return replace(evidence, losses=values, n_tokens=counts)
 
 
-#: What tells of each completion whether it is a refusal.
-_VERDICT = ("rate", "completions")
+def _measured(
+    section: EvaluateSection, evidence: Mapping[tuple[str, Side], Evidence], outcomes: Outcomes, bench: Bench
+) -> tuple[Result, ...]:
+    """Let one metric after the other measure everything, so that a judge is loaded once; the order is by case."""
+    parts = [part for metric in section.metrics for part in metric.parts]
+    found: dict[tuple[str, Side, str], Result] = {}
+    for part in parts:
+        advance = bench.advance(part.label)
+        asked = [key for key in evidence if key[1] in part.sides]
+        for number, (label, side) in enumerate(asked):
+            advance(number, len(asked))
+            found[label, side, part.label] = _result(
+                part, label, _with_sums(evidence[label, side], part, outcomes[label, side]), section.seed
+            )
+    return tuple(found[*key, part.label] for key in evidence for part in parts if (*key, part.label) in found)
+
+
+def _generated(evidence: Mapping[tuple[str, Side], Evidence], results: Sequence[Result]) -> tuple[Generated, ...]:
+    """Keep the completions, with the verdicts of the first metric that tells refusals."""
+    judging = next((result.metric for result in results if result.verdict == "refused"), None)
+    verdicts = {(row.intervention, row.prompts): row.values for row in results if row.metric == judging}
+    return tuple(
+        Generated(
+            intervention=label,
+            prompts=side,
+            texts=each.completions,
+            refused=tuple(None if isnan(value) else value == 1 for value in verdicts[label, side])
+            if (label, side) in verdicts
+            else None,
+        )
+        for (label, side), each in evidence.items()
+        if each.completions
+    )
 
 
 def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> Result:
@@ -299,6 +336,7 @@ def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> Result
         kind=kind,
         values=measured.values,
         weights=measured.weights,
+        verdict=metric.verdict,
     )
 
 
