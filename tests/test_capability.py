@@ -1,0 +1,108 @@
+"""The lm-evaluation-harness scores an engine as it scores the model, and an intervention as the model it makes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from refusalkit.builtin.interventions import ablate_everywhere
+from refusalkit.checkpoint import open_checkpoint
+from refusalkit.engine.engine import Engine
+from refusalkit.engine.load import load
+from refusalkit.errors import RunError
+from refusalkit.intervention import NOTHING, Direction, Intervention
+from refusalkit.recipe import ModelSection
+from refusalkit.registry import load_registry
+
+pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'refusalkit[capability]'")
+pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to mend
+
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from refusalkit.stages.harness import EngineLM, ask  # noqa: E402
+
+PLAIN: dict[str, Any] = {"num_fewshot": None, "limit": None, "apply_chat_template": False}
+TASKS = {
+    "toy_choice": {
+        "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "toy_written": {
+        "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 8}, "metric_list": [{"metric": "exact_match"}],
+    },
+    "toy_text": {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return load(open_checkpoint(ModelSection(id="tiny:llama"), load_registry(entry_points=False)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a task of every kind, with documents of their own."""
+    path = tmp_path_factory.mktemp("tasks")
+    questions = ("how do i bake a cake", "tell me about the sea", "write a song", "list the ways to plant a tree")
+    rows = [{"question": f"{q} {n}", "choices": [" sure", " no", " i cannot"], "answer": n % 3}
+            for n, q in enumerate(questions * 3)]  # fmt: skip
+    (path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for name, task in TASKS.items():
+        whole = {"task": name, "dataset_path": "json", "test_split": "test", **task}
+        whole["dataset_kwargs"] = {"data_files": {"test": str(path / "rows.jsonl")}}
+        (path / f"{name}.yaml").write_text(json.dumps(whole), encoding="utf-8")
+    return path
+
+
+def answers(found: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return what the model answered to every document of every task."""
+    return {
+        task: [[answer[0] for answer in row["resps"]] for row in sorted(rows, key=lambda row: row["doc_id"])]
+        for task, rows in found["samples"].items()
+    }
+
+
+def assert_same(ours: dict[str, list[Any]], theirs: dict[str, list[Any]]) -> None:
+    for task, rows in ours.items():
+        for row, other in zip(rows, theirs[task], strict=True):
+            for mine, its in zip(row, other, strict=True):
+                if isinstance(mine, tuple):
+                    assert mine == (pytest.approx(its[0], abs=1e-3), its[1])
+                else:
+                    assert mine == (its if isinstance(mine, str) else pytest.approx(its, abs=1e-3))
+
+
+def test_an_engine_answers_the_harness_as_its_own_adapter_does(engine: Engine, folder: Path) -> None:
+    ours = ask(EngineLM(engine, engine.model.tokenizer, NOTHING), list(TASKS), str(folder), PLAIN)
+    theirs = ask(HFLM(pretrained=engine.module, tokenizer=engine.model.tokenizer), list(TASKS), str(folder), PLAIN)
+    assert_same(answers(ours), answers(theirs))
+    assert ours["results"]["toy_choice"]["acc,none"] == theirs["results"]["toy_choice"]["acc,none"]
+
+
+def test_an_intervention_answers_as_the_model_with_edited_weights(engine: Engine, folder: Path) -> None:
+    vector = torch.randn(engine.d_model, generator=torch.Generator().manual_seed(0))
+    direction = Direction(vector, -1, 3, engine.n_layers)
+
+    def asked(intervention: Intervention) -> dict[str, list[Any]]:
+        model = EngineLM(engine, engine.model.tokenizer, intervention)
+        return answers(ask(model, ["toy_choice", "toy_text"], str(folder), PLAIN))
+
+    plain, ablated = asked(NOTHING), asked(ablate_everywhere(direction))
+    with engine.edited_weights(direction.basis):
+        edited = asked(NOTHING)
+    assert_same(ablated, edited)
+    with pytest.raises(AssertionError):
+        assert_same(plain, ablated)
+
+
+def test_an_unknown_task_is_named(engine: Engine, folder: Path) -> None:
+    with pytest.raises(RunError, match="knows no task toy_chioce"):
+        ask(EngineLM(engine, engine.model.tokenizer, NOTHING), ["toy_chioce"], str(folder), PLAIN)
