@@ -1,7 +1,8 @@
 """Define what each stage leaves behind: frozen values that are written once and read by everything after.
 
 `prompts -> PromptSplits`, `capture -> Activations`, `find -> Candidates`, `select -> Choice`,
-`evaluate -> Evaluation`. Fields that are tensors go to safetensors, the rest to JSON; `refusalkit.store` does both.
+`evaluate -> Evaluation`, and `analyze -> Analyses` where a recipe asks for any. Fields that are tensors go to
+safetensors, the rest to JSON; `refusalkit.store` does both.
 """
 
 from __future__ import annotations
@@ -275,3 +276,45 @@ class Evaluation(Artifact):
     generated: tuple[Generated, ...]
     separation: tuple[Separation, ...]
     weight_edits: tuple[WeightEdit, ...] = ()
+
+
+class SuffixGroup(Frozen):
+    """Show how prompts with something appended lie along the direction, and whether they are refused."""
+
+    label: str
+    suffix: str | None
+    """The suffix by name; null for prompts as they are."""
+    random: bool
+    """Whether random tokens stand in the suffix's place."""
+    text: str
+    """What was appended, to the first prompt where each has its own."""
+    n: int
+    mean: tuple[MaybeNaN, ...]
+    """[layer] mean over prompts of the cosine between the residual stream and the direction."""
+    low: tuple[MaybeNaN, ...]
+    """[layer] the lower end of its 95% interval, over prompts."""
+    high: tuple[MaybeNaN, ...]
+    """[layer] the upper end."""
+    results: tuple[Result, ...]
+    """Refusal in the unmodified model."""
+
+
+class SuffixesFound(Frozen):
+    """Hold what suffixes do to the direction and to refusal (Arditi et al. 2024, section 5.1)."""
+
+    analysis: Literal["suffixes"] = "suffixes"
+    position: int
+    """Where the stream was read."""
+    groups: tuple[SuffixGroup, ...]
+    """Harmful, harmless, then harmful with each suffix and with random ones like it."""
+
+
+Found = SuffixesFound
+
+
+class Analyses(Artifact):
+    """Hold what the analyses of a recipe found, in its order."""
+
+    stage = "analyze"
+
+    found: tuple[Found, ...]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +48,8 @@ class Plan:
     """The content key of every stage, and of the unmodified model's completions (`baseline`)."""
     find: Find
     """The section `find` as it runs on this model, its files looked up."""
+    groups: tuple[Mapping[str, tuple[str, ...]], ...] = ()
+    """The prompts that each analysis needs beside the run's own, by the name it has for them."""
     host: str | None = None
     """The NDIF server the model runs on; None for this machine."""
     keeps_samples: bool = False
@@ -68,9 +70,12 @@ class Plan:
         return self.keys[stage] + (_SAMPLES if stage == "capture" and self.needs == "samples" else "")
 
     def accepts(self, stage: str) -> tuple[str, ...]:
-        """Return the keys under which a finished artifact of `stage` serves: samples come with the same means."""
+        """Return the keys under which a finished artifact of `stage` serves: samples come with the same means.
+
+        None serve where the recipe does not have the stage.
+        """
         if stage != "capture":
-            return (self.keys[stage],)
+            return (self.keys[stage],) if stage in self.keys else ()
         with_samples = self.keys[stage] + _SAMPLES
         asks_for_samples = _needs(self.find, self.recipe.select) == "samples"
         return (with_samples,) if asks_for_samples else (self.keys[stage], with_samples)
@@ -135,7 +140,34 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples
         ),
     )
     keys = _keys(recipe, find, registry, checkpoint, (template, request))
-    return Plan(recipe, registry, checkpoint, template, request, keys, find, _host(recipe), keeps_samples)
+    groups = tuple(_groups(recipe, folder, registry))
+    if recipe.analyze:
+        keys |= {"analyze": _analyze_key(recipe, registry, groups, keys)}
+    return Plan(recipe, registry, checkpoint, template, request, keys, find, groups, _host(recipe), keeps_samples)
+
+
+def _groups(recipe: Recipe, folder: Path, registry: Registry) -> Iterator[Mapping[str, tuple[str, ...]]]:
+    """Read the prompts that analyses name; a source that is divided gives its training prompts."""
+    for number, analysis in enumerate(recipe.analyze):
+        found = {}
+        for name, address in analysis.groups.items():
+            pools = read_source(address, folder, registry, f"analyze.{number}.groups.{name}")
+            found[name] = without_duplicates(_only(pools, "train"))[0]
+        yield found
+
+
+def _analyze_key(
+    recipe: Recipe, registry: Registry, groups: Sequence[Mapping[str, tuple[str, ...]]], keys: Mapping[str, str]
+) -> str:
+    """Return the content key of the analyses, which follow from the choice and from how refusal is measured."""
+    section = recipe.evaluate.model_dump(mode="json", serialize_as_any=True, exclude={"interventions", "controls"})
+    own = {
+        "analyses": [analysis.model_dump(mode="json") for analysis in recipe.analyze],
+        "groups": groups,
+        "evaluate": section,
+        "owners": [str(registry.owner("refusalkit_metrics", metric.metric)) for metric in recipe.evaluate.metrics],
+    }
+    return content_key({"stage": "analyze", "parent": keys["select"], "own": own})
 
 
 def _sides(find: Find) -> tuple[Side, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def describe(plan: Plan, out: Path) -> str:
         ("select", f"{recipe.select.selector}, {_options(recipe.select)}"),
         ("evaluate", ", ".join(spec.label for spec in recipe.evaluate.interventions)),
         ("", ", ".join(metric.metric for metric in recipe.evaluate.metrics)),
+        *[("analyze" if number == 0 else "", text) for number, text in enumerate(_analyses(plan))],
         *_gradients(recipe),
         *[("forward" if number == 0 else "", text) for number, text in enumerate(_passes(plan))],
         ("out", str(out)),
@@ -100,6 +101,13 @@ def _server(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
+def _analyses(plan: Plan) -> Iterator[str]:
+    """Say what each analysis looks at."""
+    for analysis, groups in zip(plan.recipe.analyze, plan.groups, strict=True):
+        named = [*getattr(analysis, "suffixes", ())] + [f"{name} ({len(prompts)})" for name, prompts in groups.items()]
+        yield analysis.analysis + (f": {', '.join(named)}" if named else "")
+
+
 def _gradients(recipe: Recipe) -> list[tuple[str, str]]:
     """Name the stages that run backward passes."""
     stages = " and ".join(stage for stage, needed in gradients(recipe).items() if needed)
@@ -137,13 +145,18 @@ def _passes(plan: Plan) -> list[str]:
 
 def _done(plan: Plan, out: Path) -> list[tuple[str, str]]:
     done = _finished(plan, out)
-    waiting = [stage for stage in STAGES if stage not in done]
+    waiting = [stage for stage in _stages(plan) if stage not in done]
     return [("done", ", ".join(done) or "nothing yet"), ("to do", ", ".join([*waiting, "report"]))]
 
 
 def _finished(plan: Plan, out: Path) -> list[str]:
     store = Store(out)
-    return [stage for stage in STAGES if store.key(stage) in plan.accepts(stage)]
+    return [stage for stage in _stages(plan) if store.key(stage) in plan.accepts(stage)]
+
+
+def _stages(plan: Plan) -> list[str]:
+    """List the stages that this recipe has."""
+    return [*STAGES, *(["analyze"] if plan.recipe.analyze else [])]
 
 
 def _weight(checkpoint: Checkpoint) -> tuple[int, int]:

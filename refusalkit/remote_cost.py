@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from refusalkit.analysis import Suffixes
 from refusalkit.artifacts import Split
 from refusalkit.engine.jobs import MOST_WORK
 from refusalkit.plan import Plan
 from refusalkit.stages.prompts import MOST_OPENERS
+from refusalkit.stages.suffixes import append
 
 #: The source that travels with every job, in bytes.
 _SOURCE = 12_000
@@ -32,7 +34,14 @@ class Cost:
 def costs(plan: Plan) -> dict[str, Cost]:
     """Estimate every stage that asks the model something."""
     selecting = {"select": _select(plan)} if plan.recipe.select.runs_model else {}
-    return {"prompts": _prompts(plan), "capture": _capture(plan), **selecting, "evaluate": _evaluate(plan)}
+    analyzing = {"analyze": _analyze(plan)} if plan.recipe.analyze else {}
+    return {
+        "prompts": _prompts(plan),
+        "capture": _capture(plan),
+        **selecting,
+        "evaluate": _evaluate(plan),
+        **analyzing,
+    }
 
 
 def _tokens(plan: Plan, prompts: Sequence[str]) -> float:
@@ -90,3 +99,25 @@ def _evaluate(plan: Plan) -> Cost:
     down += len(asked) * plan.checkpoint.n_layers * _FLOAT64
     jobs = _jobs(work) + (1 if written else 0)
     return Cost(jobs, jobs * _SOURCE + vectors + _PER_TOKEN * (tokens + cases * written), down)
+
+
+def _analyze(plan: Plan) -> Cost:
+    """Every analysis asks in one go."""
+    asked = [_suffixes(plan, analysis) for analysis in plan.recipe.analyze if isinstance(analysis, Suffixes)]
+    return Cost(
+        sum(cost.jobs for cost in asked), sum(cost.bytes_up for cost in asked), sum(cost.bytes_down for cost in asked)
+    )
+
+
+def _suffixes(plan: Plan, analysis: Suffixes) -> Cost:
+    harmful, harmless = (plan.prompts.sides[side]["test"] for side in ("harmful", "harmless"))
+    # As they are, then with each suffix and with random tokens like it.
+    asked = [*harmless, *harmful]
+    for text in analysis.suffixes.values():
+        asked += [append(prompt, text) for prompt in harmful] * 2
+    writes = any(metric.needs == "completions" for metric in plan.recipe.evaluate.metrics)
+    written = len(asked) * plan.recipe.evaluate.max_new_tokens if writes else 0
+    tokens = sum(len(plan.template.tokens(prompt)) for prompt in asked)
+    jobs = _jobs(2 * tokens + written)
+    up = jobs * _SOURCE + 3 * _PER_TOKEN * tokens + plan.checkpoint.d_model * _FLOAT32
+    return Cost(jobs, up, written * _INT32 + len(asked) * (plan.checkpoint.n_layers + 4) * _FLOAT64)

@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 #: From the bottom up: a module imports from its own layer and from those below it. Packages count as one.
 LAYERS = (
     ("errors", "algebra", "intervals", "paired", "progress"),
-    ("adapter", "strategy", "selector", "intervention", "metric", "prompt_source", "arithmetic"),
+    ("adapter", "strategy", "selector", "intervention", "metric", "prompt_source", "arithmetic", "analysis"),
     ("hookspecs", "artifacts", "store", "prompt_split", "template", "tiny"),
     ("builtin",),
     ("registry",),

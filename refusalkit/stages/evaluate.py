@@ -288,7 +288,7 @@ def _results(
         losses=losses,
         n_tokens=counts,
     )
-    measured = [(metric, _result(metric, case.label, evidence, seed)) for metric in asked.metrics]
+    measured = [(metric, summarise(metric, case.label, evidence, seed)) for metric in asked.metrics]
     generated = []
     if texts:
         verdicts = [result.values for metric, result in measured if (metric.kind, metric.needs) == _VERDICT]
@@ -301,7 +301,8 @@ def _results(
 _VERDICT = ("rate", "completions")
 
 
-def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> Result:
+def summarise(metric: Metric, label: str, evidence: Evidence, seed: int) -> Result:
+    """Let one metric measure what became of a side's prompts, and put an interval on it."""
     measured = metric.measure(evidence)
     if metric.kind == "rate":
         interval = wilson(measured.values)
