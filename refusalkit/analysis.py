@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 #: A name that a chart and a table can show.
 Name = Annotated[str, StringConstraints(min_length=1, max_length=40)]
 Suffix = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 Seed = Annotated[int, Field(strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+#: One position: where the direction was found, the prompt's last token, the instruction's, or counted from the end.
+At = Literal["chosen", "last", "instruction_end"] | Annotated[int, Field(lt=0)]
+#: The name that a run's own harmful training prompts have beside groups of them.
+OWN = "harmful"
 
 
 class Analysis(BaseModel):
@@ -26,7 +31,7 @@ class Analysis(BaseModel):
     """Whether it looks at weights and inside attention, which only a model on this machine lets it."""
 
     @property
-    def groups(self) -> Mapping[str, str]:
+    def sources(self) -> Mapping[str, str]:
         """The addresses of the prompts it needs beside the run's own, by name."""
         return {}
 
@@ -40,12 +45,45 @@ class Suffixes(Analysis):
     """
 
     analysis: Literal["suffixes"] = "suffixes"
-    suffixes: Annotated[dict[Name, Suffix], Field(min_length=1)]
+    append: Annotated[dict[Name, Suffix], Field(min_length=1)]
     """What to append to every harmful prompt, behind a space, by name. refusalkit brings none along."""
-    position: Literal["chosen", "last"] = "chosen"
-    """Where to read the stream: the position the direction was found at, or the last of the prompt, as the paper."""
+    position: At = "chosen"
+    """Where to read the stream: the position the direction was found at (`chosen`), the `last` of the prompt, as the
+    paper, `instruction_end`, or a negative number."""
     seed: Seed = 0
     """Seed of the random suffixes; every prompt gets one of its own."""
 
 
-ANALYSES: Mapping[str, type[Analysis]] = {"suffixes": Suffixes}
+class Directions(Analysis):
+    """Compare directions with each other: of groups of harmful prompts (categories, languages), and of positions.
+
+    Each is a group's mean minus that of the harmless training prompts. Noise alone keeps a cosine below 1, so every
+    cosine stands beside its ceiling: how well the directions of two random halves of the same group agree.
+    """
+
+    analysis: Literal["directions"] = "directions"
+    groups: dict[Name, str] = Field(default_factory=dict)
+    """Prompt sources by name, such as `fraud: file:fraud.txt`; taken as they are, not filtered. The run's own harmful
+    training prompts are compared with them under the name `harmful`."""
+    positions: Annotated[tuple[At, ...], Field(min_length=1)] = ("chosen",)
+    """Where to read: every group has a direction at each of these. `[instruction_end, last]` sets harmfulness beside
+    refusal (arXiv 2507.11878)."""
+    most: Count = 128
+    """Prompts of a group, at most."""
+    seed: Seed = 0
+    """Decides which prompts of a larger group are taken, and how they are divided."""
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        return self.groups
+
+    @model_validator(mode="after")
+    def _has_something_to_compare(self) -> Directions:
+        if OWN in self.groups:
+            raise ValueError(f"`{OWN}` is the name of the run's own prompts: call the group something else")
+        if not self.groups and len(self.positions) < 2:
+            raise ValueError("there is one direction and nothing to compare it with: name `groups` or `positions`")
+        return self
+
+
+ANALYSES: Mapping[str, type[Analysis]] = {"suffixes": Suffixes, "directions": Directions}

@@ -309,7 +309,44 @@ class SuffixesFound(Frozen):
     """Harmful, harmless, then harmful with each suffix and with random ones like it."""
 
 
-Found = SuffixesFound
+class DirectionRow(Frozen):
+    """Name one direction: a group of prompts minus the harmless ones, at a position."""
+
+    label: str
+    group: str
+    position: int
+    n: int
+    """How many prompts it is the mean of."""
+
+
+class DirectionPair(Frozen):
+    """Hold how alike two directions are in every layer, or one and itself on other prompts; null where one is zero."""
+
+    first: str
+    second: str
+    cosine: tuple[MaybeNaN, ...]
+    """[layer] between the directions as found, from all prompts."""
+    between_halves: tuple[MaybeNaN, ...]
+    """[layer] between the first from half of the prompts, harmless ones too, and the second from the others, averaged
+    over divisions into halves: no prompt is behind both."""
+    ceiling: tuple[MaybeNaN, ...]
+    """[layer] what `between_halves` would be if noise were all that keeps the two apart: the geometric mean of what it
+    is for each direction and itself; null where one of those is not positive."""
+
+
+class DirectionsFound(Frozen):
+    """Hold the cosines between directions, beside what noise allows."""
+
+    analysis: Literal["directions"] = "directions"
+    rows: tuple[DirectionRow, ...]
+    n_harmless: int
+    n_divisions: int
+    """Divisions into halves that were averaged."""
+    pairs: tuple[DirectionPair, ...]
+    """Every two, and every one with itself."""
+
+
+Found = Annotated[SuffixesFound | DirectionsFound, Field(discriminator="analysis")]
 
 
 class Analyses(Artifact):

@@ -150,7 +150,7 @@ def _groups(recipe: Recipe, folder: Path, registry: Registry) -> Iterator[Mappin
     """Read the prompts that analyses name; a source that is divided gives its training prompts."""
     for number, analysis in enumerate(recipe.analyze):
         found = {}
-        for name, address in analysis.groups.items():
+        for name, address in analysis.sources.items():
             pools = read_source(address, folder, registry, f"analyze.{number}.groups.{name}")
             found[name] = without_duplicates(_only(pools, "train"))[0]
         yield found

@@ -104,7 +104,7 @@ def _server(plan: Plan) -> list[tuple[str, str]]:
 def _analyses(plan: Plan) -> Iterator[str]:
     """Say what each analysis looks at."""
     for analysis, groups in zip(plan.recipe.analyze, plan.groups, strict=True):
-        named = [*getattr(analysis, "suffixes", ())] + [f"{name} ({len(prompts)})" for name, prompts in groups.items()]
+        named = [*getattr(analysis, "append", ())] + [f"{name} ({len(prompts)})" for name, prompts in groups.items()]
         yield analysis.analysis + (f": {', '.join(named)}" if named else "")
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from refusalkit.analysis import Suffixes
+from refusalkit.analysis import Directions, Suffixes
 from refusalkit.artifacts import Split
 from refusalkit.engine.jobs import MOST_WORK
 from refusalkit.plan import Plan
+from refusalkit.stages.compare_directions import N_FOLDS, Groups
 from refusalkit.stages.prompts import MOST_OPENERS
 from refusalkit.stages.suffixes import append
 
@@ -103,17 +104,31 @@ def _evaluate(plan: Plan) -> Cost:
 
 def _analyze(plan: Plan) -> Cost:
     """Every analysis asks in one go."""
-    asked = [_suffixes(plan, analysis) for analysis in plan.recipe.analyze if isinstance(analysis, Suffixes)]
+    asked = []
+    for analysis, groups in zip(plan.recipe.analyze, plan.groups, strict=True):
+        if isinstance(analysis, Suffixes):
+            asked.append(_suffixes(plan, analysis))
+        elif isinstance(analysis, Directions):
+            asked.append(_directions(plan, analysis, groups))
     return Cost(
         sum(cost.jobs for cost in asked), sum(cost.bytes_up for cost in asked), sum(cost.bytes_down for cost in asked)
     )
+
+
+def _directions(plan: Plan, analysis: Directions, groups: Groups) -> Cost:
+    own = [plan.prompts.sides[side]["train"] for side in ("harmful", "harmless")]
+    taken = [*own, *(prompts[: analysis.most] for prompts in groups.values())]
+    tokens = sum(_tokens(plan, prompts) for prompts in taken)
+    size = len(analysis.positions) * plan.checkpoint.n_layers * plan.checkpoint.d_model
+    jobs = _jobs(tokens)
+    return Cost(jobs, jobs * _SOURCE + 2 * _PER_TOKEN * tokens, len(taken) * N_FOLDS * size * _FLOAT64)
 
 
 def _suffixes(plan: Plan, analysis: Suffixes) -> Cost:
     harmful, harmless = (plan.prompts.sides[side]["test"] for side in ("harmful", "harmless"))
     # As they are, then with each suffix and with random tokens like it.
     asked = [*harmless, *harmful]
-    for text in analysis.suffixes.values():
+    for text in analysis.append.values():
         asked += [append(prompt, text) for prompt in harmful] * 2
     writes = any(metric.needs == "completions" for metric in plan.recipe.evaluate.metrics)
     written = len(asked) * plan.recipe.evaluate.max_new_tokens if writes else 0

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from refusalkit.artifacts import Analyses, SuffixesFound
-from refusalkit.errors import InputError
+from refusalkit.artifacts import Analyses, DirectionsFound, SuffixesFound
+from refusalkit.errors import InputError, RunError
 from refusalkit.pipeline import execute, write_report
 from refusalkit.plan import Plan, make_plan
 from refusalkit.plan_text import describe
 from refusalkit.recipe_file import load_recipe
 from refusalkit.registry import Registry
 from refusalkit.run_directory import Run, read_run
+from refusalkit.stages.compare_directions import HARMLESS, N_FOLDS, compared, dealt, divisions
 from refusalkit.stages.suffixes import append, n_tokens, random_suffix
 from refusalkit.store import STAGES, Store
 from tests.conftest import ROOT
@@ -26,7 +28,7 @@ from tests.test_resume import states
 
 RECIPES = sorted((ROOT / "recipes" / "analyses").glob("*.yaml"))
 QUICK = ("prompts.train=24", "prompts.validation=8", "prompts.test=8", "evaluate.max_new_tokens=4")
-SUFFIXES = "{analysis: suffixes, suffixes: {short: please}}"
+SUFFIXES = "{analysis: suffixes, append: {short: please}}"
 
 
 def found(folder: Path) -> tuple[Any, ...]:
@@ -94,8 +96,12 @@ def test_an_analysis_is_added_changed_and_taken_away_alone(plan_of: Callable[...
 @pytest.mark.parametrize(
     ("written", "key", "message", "hint"),
     [
-        ("[suffixes]", "analyze.0.suffixes", "'suffixes' is missing", "write suffixes as keys and values"),
-        ("[{analysis: suffixes, suffixes: {}}]", "analyze.0.suffixes", "at least 1", "`suffixes`"),
+        ("[sufixes]", "analyze.0", "no analysis is called 'sufixes'", "did you mean 'suffixes'?"),
+        ("[directions]", "analyze.0", "one direction and nothing to compare it with", "Compare directions"),
+        ("[{analysis: directions, groups: {harmful: 'file:a.txt'}}]", "analyze.0", "the run's own", "Compare"),
+        ("[{analysis: directions, positions: [lats, -1]}]", "analyze.0.positions.0", "cannot be 'lats'", "'last'?"),
+        ("[suffixes]", "analyze.0.append", "'append' is missing", "write suffixes as keys and values"),
+        ("[{analysis: suffixes, append: {}}]", "analyze.0.append", "at least 1", "`append`"),
         (f"[{SUFFIXES[:-1]}, sead: 1}}]", "analyze.0.sead", "unknown key 'sead'", "did you mean 'seed'?"),
         (f"[{SUFFIXES}, {SUFFIXES}]", "analyze", "lists suffixes twice", "one of: "),
     ],
@@ -153,3 +159,66 @@ def test_prompts_without_a_suffix_are_those_of_the_evaluation(run: Callable[[str
     for group in study.groups:
         assert all(low <= mean <= high for low, mean, high in zip(group.low, group.mean, group.high, strict=True))
         assert [result.metric for result in group.results] == ["refusal_rate", "refusal_score"]
+
+
+# Directions
+
+
+def test_a_prompt_lies_in_one_fold_whatever_groups_it_is_in() -> None:
+    groups = {"all": [f"p{number}" for number in range(40)], "some": [f"p{number}" for number in range(5, 30, 2)]}
+    folds = dealt({**groups, "others": [f"q{number}" for number in range(21)]}, seed=3)
+    for name in ("all", "others"):
+        sizes = [len(fold) for fold in folds[name]]
+        assert max(sizes) - min(sizes) <= 1
+        assert len(set().union(*folds[name])) == sum(sizes)
+    assert all(set(some) <= set(whole) for some, whole in zip(folds["some"], folds["all"], strict=True))
+    assert folds == dealt({**groups, "others": [f"q{number}" for number in range(21)]}, seed=3)
+    halves = divisions(N_FOLDS)
+    assert len({frozenset(half) for pair in halves for half in pair}) == 2 * len(halves) == 70
+    assert all(sorted(one + other) == list(range(N_FOLDS)) for one, other in halves)
+
+
+@pytest.mark.parametrize("truth", [0.0, 0.6, 1.0])
+def test_noise_lowers_a_cosine_and_not_its_share_of_the_ceiling(truth: float) -> None:
+    d_model, n, generator = 512, 6, torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(d_model, 2, dtype=torch.float64, generator=generator)).Q.T
+    ahead = {"one": basis[0], "other": truth * basis[0] + (1 - truth**2) ** 0.5 * basis[1], HARMLESS: 0 * basis[0]}
+
+    def sums(mean: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(N_FOLDS, n, 1, 1, d_model, dtype=torch.float64, generator=generator) * 0.3
+        return (mean + noise).sum(1)
+
+    counts = {name: torch.full((N_FOLDS,), float(n), dtype=torch.float64) for name in ahead}
+    found = compared({name: sums(mean) for name, mean in ahead.items()}, counts, (-1,))
+    (pair,) = [pair for pair in found.pairs if (pair.first, pair.second) == ("one", "other")]
+    assert pair.ceiling[0] < 0.5
+    assert pair.between_halves[0] / pair.ceiling[0] == pytest.approx(truth, abs=0.1)
+    # The cosine as found is between: noise pulls it down, and the harmless mean, which both share, to one half.
+    assert (pair.cosine[0] > truth + 0.1) if truth == 0 else (pair.cosine[0] < truth)
+
+
+def test_directions_compare_groups_and_positions(run: Callable[[str], Run]) -> None:
+    for name, labels in (
+        ("categories", ["harmful", "computers", "fraud", "violence", "looks harmful"]),
+        ("harmfulness-and-refusal", ["position -6", "position -1"]),
+    ):
+        ran = run(name)
+        assert ran.analyses is not None
+        (study,) = ran.analyses.found
+        assert isinstance(study, DirectionsFound)
+        assert [row.label for row in study.rows] == labels
+        assert len(study.pairs) == len(labels) * (len(labels) + 1) // 2
+        for pair in study.pairs:
+            # Template tokens are the same in every prompt, so at layer 0 there is no direction there.
+            there = [layer for layer, cosine in enumerate(pair.cosine) if cosine == cosine]
+            assert there[0] == (0 if (pair.first, pair.second) == ("position -6",) * 2 else 1)
+            if pair.first == pair.second:
+                assert [pair.cosine[layer] for layer in there] == pytest.approx([1.0] * len(there))
+                assert pair.ceiling[ran.choice.layer] == pytest.approx(pair.between_halves[ran.choice.layer])
+
+
+def test_a_group_that_is_too_small_is_refused(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("Make a cake\nMake a pie\n", encoding="utf-8")
+    plan = plan_of("analyze=[{analysis: directions, groups: {few: 'file:few.txt'}}]")
+    with pytest.raises(RunError, match="'few' has 2 prompts"):
+        states(plan, tmp_path / "run", "analyze")

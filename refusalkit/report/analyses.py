@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from refusalkit.artifacts import Found
+from refusalkit.artifacts import DirectionsFound, Found, SuffixesFound
+from refusalkit.report.directions import directions
 from refusalkit.report.part import Part
 from refusalkit.report.suffixes import suffixes
 from refusalkit.run_directory import Run
@@ -15,4 +16,8 @@ def parts(run: Run) -> tuple[Part, ...]:
 
 
 def _part(run: Run, found: Found, name: str) -> Part:
-    return suffixes(run, found, name)
+    match found:
+        case SuffixesFound():
+            return suffixes(run, found, name)
+        case DirectionsFound():
+            return directions(run, found, name)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from refusalkit.analysis import Analysis, Suffixes
+from refusalkit.analysis import Analysis, Directions, Suffixes
 from refusalkit.artifacts import Analyses, Found
+from refusalkit.stages.compare_directions import Groups, compare_directions
 from refusalkit.stages.findings import Findings
 from refusalkit.stages.suffixes import study_suffixes
-
-#: The prompts an analysis needs beside the run's own, by the name it has for them.
-Groups = Mapping[str, tuple[str, ...]]
 
 
 def analyze(asked: Sequence[tuple[Analysis, Groups]], findings: Findings) -> Analyses:
@@ -22,5 +20,7 @@ def _one(analysis: Analysis, groups: Groups, findings: Findings) -> Found:
     match analysis:
         case Suffixes():
             return study_suffixes(analysis, findings)
+        case Directions():
+            return compare_directions(analysis, groups, findings)
         case _:
             raise NotImplementedError(analysis.analysis)

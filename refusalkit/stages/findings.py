@@ -22,6 +22,16 @@ class Findings:
     unmodified: Unmodified
     bench: Bench
 
+    def position(self, at: str | int) -> int:
+        """Return a position as a negative number; `at` is one of `refusalkit.analysis.At`."""
+        match at:
+            case "chosen":
+                return self.choice.position
+            case "last":
+                return -1
+            case _:
+                return self.bench.template.positions((at,))[0]
+
     @property
     def direction(self) -> Tensor:
         """The direction as found, of a subspace the first row: [d_model] float32."""

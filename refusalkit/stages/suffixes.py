@@ -48,7 +48,7 @@ def append(prompt: str, suffix: str) -> str:
 def appended(analysis: Suffixes, harmful: Sequence[str], template: ChatTemplate) -> list[Appended]:
     """Append every suffix, and random ones of as many tokens, to harmful prompts."""
     groups = []
-    for number, (name, text) in enumerate(analysis.suffixes.items()):
+    for number, (name, text) in enumerate(analysis.append.items()):
         prompts = tuple(append(prompt, text) for prompt in harmful)
         groups.append(Appended(f"harmful + {name}", "harmful", prompts, name, text=text))
         draws = random.Random(f"{analysis.seed}/{number}")
@@ -99,7 +99,7 @@ def study_suffixes(analysis: Suffixes, findings: Findings) -> SuffixesFound:
         Appended("harmless", "harmless", harmless),
         *appended(analysis, harmful, bench.template),
     ]
-    position = findings.choice.position if analysis.position == "chosen" else -1
+    position = findings.position(analysis.position)
     rates = [each for each in findings.section.metrics if (each.kind, each.needs) == ("rate", "completions")]
     requests: dict[tuple[str, str], Request] = {}
     for group in groups:
