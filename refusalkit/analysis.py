@@ -86,4 +86,26 @@ class Directions(Analysis):
         return self
 
 
-ANALYSES: Mapping[str, type[Analysis]] = {"suffixes": Suffixes, "directions": Directions}
+class Attribution(Analysis):
+    """Attribute the direction to the heads and MLPs that write it, at the last position (Arditi et al., section 5.2).
+
+    What each attention head and MLP adds to the stream, along the direction, averaged over harmful and harmless test
+    prompts; and how much of their attention the heads that write most pay to the instruction and to a suffix. Needs the
+    weights, so the model has to run on this machine and must not be quantized.
+    """
+
+    analysis: Literal["attribution"] = "attribution"
+    reads_weights = True
+    append: dict[Name, Suffix] = Field(default_factory=dict)
+    """What to append to every harmful prompt, as `suffixes` does; random tokens stand beside it."""
+    top: Count = 8
+    """How many heads to show one by one: those that write most along the direction on harmful prompts."""
+    seed: Seed = 0
+    """Seed of the random suffixes."""
+
+
+ANALYSES: Mapping[str, type[Analysis]] = {
+    "suffixes": Suffixes,
+    "attribution": Attribution,
+    "directions": Directions,
+}

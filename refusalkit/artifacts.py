@@ -346,7 +346,48 @@ class DirectionsFound(Frozen):
     """Every two, and every one with itself."""
 
 
-Found = Annotated[SuffixesFound | DirectionsFound, Field(discriminator="analysis")]
+class AttributionGroup(Frozen):
+    """Hold what heads and MLPs write along the direction, averaged over prompts, in the units of the stream."""
+
+    label: str
+    suffix: str | None
+    random: bool
+    n: int
+    heads: tuple[tuple[MaybeNaN, ...], ...]
+    """[layer][head]; null where a layer has fewer heads than another."""
+    attention: tuple[float, ...]
+    """[layer] all that attention adds: its heads and the bias of its projection."""
+    mlp: tuple[float, ...]
+    """[layer]"""
+
+
+class HeadFound(Frozen):
+    """Hold what one head does on one group of prompts, with the 95% interval over prompts."""
+
+    layer: int
+    head: int
+    label: str
+    """The group of prompts."""
+    value: float
+    """What it writes along the direction."""
+    low: float
+    high: float
+    on_instruction: MaybeNaN
+    """The share of its attention from the last position to the instruction; null in a layer without such weights."""
+    on_suffix: MaybeNaN
+    """The same to what is appended; null where nothing is."""
+
+
+class AttributionFound(Frozen):
+    """Hold which heads and MLPs write the direction (Arditi et al. 2024, section 5.2)."""
+
+    analysis: Literal["attribution"] = "attribution"
+    groups: tuple[AttributionGroup, ...]
+    top: tuple[HeadFound, ...]
+    """The heads that write most on harmful prompts, most first, on every group."""
+
+
+Found = Annotated[SuffixesFound | AttributionFound | DirectionsFound, Field(discriminator="analysis")]
 
 
 class Analyses(Artifact):

@@ -264,6 +264,12 @@ def _check_remote(recipe: Recipe) -> None:
             raise InputError(
                 "needs gradients, which a server does not compute for code it does not trust", where=where, hint=local
             )
+    if reading := [analysis.analysis for analysis in recipe.analyze if analysis.reads_weights]:
+        raise InputError(
+            f"{reading[0]} reads weights and attention patterns, which stay on the server",
+            where="analyze",
+            hint=local,
+        )
     if model.quantize != "none":
         raise InputError("the server decides how weights are stored", where="model.quantize", hint=local)
 
@@ -289,6 +295,12 @@ def _check_quantized(recipe: Recipe) -> None:
         raise InputError(
             f"{edits[0]!r} edits weights, and quantized weights cannot be edited",
             where="evaluate.interventions",
+            hint="leave it out, or load the model with `quantize: none`",
+        )
+    if reading := [analysis.analysis for analysis in recipe.analyze if analysis.reads_weights]:
+        raise InputError(
+            f"{reading[0]} reads weights, and those of a quantized model are packed",
+            where="analyze",
             hint="leave it out, or load the model with `quantize: none`",
         )
 

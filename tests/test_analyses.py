@@ -12,7 +12,10 @@ import pytest
 import torch
 import yaml
 
-from refusalkit.artifacts import Analyses, DirectionsFound, SuffixesFound
+from refusalkit import algebra
+from refusalkit.artifacts import Analyses, AttributionFound, DirectionsFound, SuffixesFound
+from refusalkit.engine.contributions import contributions
+from refusalkit.engine.layout import resolve
 from refusalkit.errors import InputError, RunError
 from refusalkit.pipeline import execute, write_report
 from refusalkit.plan import Plan, make_plan
@@ -23,6 +26,7 @@ from refusalkit.run_directory import Run, read_run
 from refusalkit.stages.compare_directions import HARMLESS, N_FOLDS, compared, dealt, divisions
 from refusalkit.stages.suffixes import append, n_tokens, random_suffix
 from refusalkit.store import STAGES, Store
+from refusalkit.testing.models import random_engine, random_prompts
 from tests.conftest import ROOT
 from tests.test_resume import states
 
@@ -159,6 +163,96 @@ def test_prompts_without_a_suffix_are_those_of_the_evaluation(run: Callable[[str
     for group in study.groups:
         assert all(low <= mean <= high for low, mean, high in zip(group.low, group.mean, group.high, strict=True))
         assert [result.metric for result in group.results] == ["refusal_rate", "refusal_score"]
+
+
+# Attribution
+
+
+@pytest.mark.parametrize(
+    ("architecture", "adapter"),
+    [
+        ("LlamaForCausalLM", "llama"),
+        ("Qwen3_5ForCausalLM", "qwen3_5"),
+        ("Gemma2ForCausalLM", "gemma2"),
+        ("Gemma4ForCausalLM", "gemma4"),
+        ("Olmo2ForCausalLM", "olmo2"),
+        ("PhiForCausalLM", "phi"),
+        ("CohereForCausalLM", "cohere"),
+        ("GraniteForCausalLM", "granite"),
+        ("GPT2LMHeadModel", "gpt2"),
+        ("GPTNeoXForCausalLM", "gpt_neox"),
+    ],
+)
+def test_heads_and_bias_add_up_to_attention_and_everything_to_the_stream(
+    architecture: str, adapter: str, registry: Registry
+) -> None:
+    engine = random_engine(architecture, registry.adapters[adapter])
+    prompts = random_prompts(5)
+    unit = algebra.unit(torch.randn(engine.d_model, generator=torch.Generator().manual_seed(1)).double())
+    config = engine.module.config.get_text_config()
+    before = config._attn_implementation
+    found = contributions(engine, prompts, 3 * unit, [((0, len(prompt)), (2, 5)) for prompt in prompts])
+    assert config._attn_implementation == before
+    scale = found.attention.abs().max()
+    assert (found.heads.nansum(-1) + found.bias - found.attention).abs().max() < 1e-6 * scale
+    assert (found.bias != 0).any() == any(path.endswith(("dense.bias", "c_proj.bias")) for path in _parameters(engine))
+    sites = [engine.capture(prompts, (-1,), site, keep_samples=True).samples for site in ("resid_pre", "resid_post")]
+    first, last = sites[0][:, 0, 0].double() @ unit, sites[1][:, 0, -1].double() @ unit
+    multiplier = engine.adapter.block_multiplier
+    for layer in range(engine.n_layers) if multiplier else ():
+        first = first * float(resolve(engine.module, f"{engine.layout.block(layer)}.{multiplier}"))
+    total = first + found.attention.sum(1) + found.mlp.sum(1)
+    assert (total - last).abs().max() < 1e-5 * last.abs().max()
+    whole, part = found.attended.unbind(-1)
+    # Of a linear attention there are no weights.
+    linear = torch.tensor([attention.output == "linear_attn" for attention, _ in engine.layout.writes])
+    assert whole.isnan()[:, linear].all()
+    assert (whole[:, ~linear] - 1).abs().max() < 1e-5
+    assert ((part[:, ~linear] >= 0) & (part[:, ~linear] <= 1)).all()
+
+
+def _parameters(engine: Any) -> list[str]:
+    """Name the parameters of attention's projections."""
+    return [
+        f"{layer}.{matrix.path}"
+        for layer, (attention, _) in enumerate(engine.layout.writes)
+        for matrix in attention.matrices
+        if resolve(resolve(engine.module, engine.layout.block(layer)), matrix.path) is not None
+    ]
+
+
+def test_attribution_shows_where_the_top_heads_look(run: Callable[[str], Run]) -> None:
+    ran = run("attribution")
+    assert ran.analyses is not None
+    (study,) = ran.analyses.found
+    assert isinstance(study, AttributionFound)
+    harmful, harmless, suffixed, randomly = study.groups
+    assert [group.random for group in study.groups] == [False, False, False, True]
+    for group in study.groups:
+        for heads, attention in zip(group.heads, group.attention, strict=True):
+            assert sum(heads) == pytest.approx(attention, abs=1e-5)
+    every = sorted((value for heads in harmful.heads for value in heads), reverse=True)
+    on_harmful = [head for head in study.top if head.label == harmful.label]
+    assert [head.value for head in on_harmful] == pytest.approx(every[:8])
+    for head in study.top:
+        assert head.low <= head.value <= head.high
+        assert 0 < head.on_instruction <= 1
+        assert (head.on_suffix > 0) == (head.label in (suffixed.label, randomly.label))
+    # What writes the direction tells harmful prompts from harmless ones.
+    assert sum(harmful.attention) + sum(harmful.mlp) > sum(harmless.attention) + sum(harmless.mlp)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("model.where=ndif", "stay on the server"), ("model.quantize=int8", "packed")],
+)
+def test_attribution_is_refused_before_anything_is_sent_where_weights_cannot_be_read(
+    plan_of: Callable[..., Plan], setting: str, message: str
+) -> None:
+    if "quantize" in setting:
+        pytest.importorskip("bitsandbytes")
+    with pytest.raises(InputError, match=message):
+        plan_of("analyze=[attribution]", "evaluate.interventions=[ablate]", setting)
 
 
 # Directions

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from refusalkit.artifacts import DirectionsFound, Found, SuffixesFound
+from refusalkit.artifacts import AttributionFound, DirectionsFound, Found, SuffixesFound
+from refusalkit.report.attribution import attribution
 from refusalkit.report.directions import directions
 from refusalkit.report.part import Part
 from refusalkit.report.suffixes import suffixes
@@ -19,5 +20,7 @@ def _part(run: Run, found: Found, name: str) -> Part:
     match found:
         case SuffixesFound():
             return suffixes(run, found, name)
+        case AttributionFound():
+            return attribution(run, found, name)
         case DirectionsFound():
             return directions(run, found, name)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from refusalkit.analysis import Analysis, Directions, Suffixes
+from refusalkit.analysis import Analysis, Attribution, Directions, Suffixes
 from refusalkit.artifacts import Analyses, Found
+from refusalkit.stages.attribution import attribute
 from refusalkit.stages.compare_directions import Groups, compare_directions
 from refusalkit.stages.findings import Findings
 from refusalkit.stages.suffixes import study_suffixes
@@ -20,6 +21,8 @@ def _one(analysis: Analysis, groups: Groups, findings: Findings) -> Found:
     match analysis:
         case Suffixes():
             return study_suffixes(analysis, findings)
+        case Attribution():
+            return attribute(analysis, findings)
         case Directions():
             return compare_directions(analysis, groups, findings)
         case _:

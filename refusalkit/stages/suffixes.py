@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,13 +45,13 @@ def append(prompt: str, suffix: str) -> str:
     return f"{prompt} {suffix}"
 
 
-def appended(analysis: Suffixes, harmful: Sequence[str], template: ChatTemplate) -> list[Appended]:
+def appended(suffixes: Mapping[str, str], seed: int, harmful: Sequence[str], template: ChatTemplate) -> list[Appended]:
     """Append every suffix, and random ones of as many tokens, to harmful prompts."""
     groups = []
-    for number, (name, text) in enumerate(analysis.append.items()):
+    for number, (name, text) in enumerate(suffixes.items()):
         prompts = tuple(append(prompt, text) for prompt in harmful)
         groups.append(Appended(f"harmful + {name}", "harmful", prompts, name, text=text))
-        draws = random.Random(f"{analysis.seed}/{number}")
+        draws = random.Random(f"{seed}/{number}")
         others = [random_suffix(template, n_tokens(template, text), draws) for _ in harmful]
         prompts = tuple(append(prompt, other) for prompt, other in zip(harmful, others, strict=True))
         groups.append(Appended(f"harmful + random like {name}", "harmful", prompts, name, random=True, text=others[0]))
@@ -97,7 +97,7 @@ def study_suffixes(analysis: Suffixes, findings: Findings) -> SuffixesFound:
     groups = [
         Appended("harmful", "harmful", harmful),
         Appended("harmless", "harmless", harmless),
-        *appended(analysis, harmful, bench.template),
+        *appended(analysis.append, analysis.seed, harmful, bench.template),
     ]
     position = findings.position(analysis.position)
     rates = [each for each in findings.section.metrics if (each.kind, each.needs) == ("rate", "completions")]
