@@ -62,6 +62,7 @@ def test_every_recipe_runs_and_shows_a_section(path: Path, run: Callable[[str], 
     page = (folder / "report.html").read_text(encoding="utf-8")
     asked = yaml.safe_load(path.read_text(encoding="utf-8")).get("analyze", [])
     assert page.count('<section id="analysis-') == len(asked)
+    assert '<section id="separation">' in page
     if asked:
         for form in ("md", "json"):
             write_report(folder, form=form)
@@ -316,3 +317,22 @@ def test_a_group_that_is_too_small_is_refused(plan_of: Callable[..., Plan], tmp_
     plan = plan_of("analyze=[{analysis: directions, groups: {few: 'file:few.txt'}}]")
     with pytest.raises(RunError, match="'few' has 2 prompts"):
         states(plan, tmp_path / "run", "analyze")
+
+
+# The base model
+
+
+def test_a_direction_is_followed_through_a_model_without_chat_template(
+    checkpoint: Callable[..., Path], registry: Registry, tmp_path: Path
+) -> None:
+    base = checkpoint(chat_template=None)
+    path = ROOT / "recipes" / "analyses" / "base-model.yaml"
+    settings = (*QUICK, f"model.id={base}")
+    with pytest.raises(InputError, match="no chat template"):
+        make_plan(load_recipe(path, registry, [*settings, "prompts.chat_template=null"]), path.parent, registry)
+    execute(make_plan(load_recipe(path, registry, settings), path.parent, registry), tmp_path / "run")
+    ran = read_run(tmp_path / "run")
+    harmful, harmless = ran.evaluation.separation
+    layer = ran.choice.layer
+    assert (ran.choice.position, layer) == (-1, 5)
+    assert harmful.low[layer] > harmless.high[layer]
