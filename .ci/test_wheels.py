@@ -31,6 +31,8 @@ KEYS = {
     "interventions": "evaluate.interventions=[none, {}]",
     "metrics": "evaluate.metrics=[{}]",
 }
+#: What has to be said of those that have keys without a default.
+REQUIRED = {"rubric": "{{metric: {}, base_url: 'http://127.0.0.1:9/v1', model: m}}"}
 RECIPE = "name: wheel\nmodel: {id: 'tiny:llama'}\nprompts: {harmful: 'tiny:harmful', harmless: 'tiny:harmless'}\n"
 SMALL = ["prompts.train=16", "prompts.validation=8", "prompts.test=8"]
 
@@ -55,7 +57,7 @@ def test_every_plugin_is_installed_and_works() -> None:
 
 @pytest.mark.parametrize(("kind", "name"), [named for named in NAMED if named[0] in KEYS])
 def test_names_are_valid_in_recipes_in_the_schema_and_in_suggestions(kind: str, name: str, recipe: Path) -> None:
-    load_recipe(recipe, REGISTRY, [KEYS[kind].format(name)])
+    load_recipe(recipe, REGISTRY, [KEYS[kind].format(REQUIRED.get(name, "{}").format(name))])
     assert f'"{name}"' in json.dumps(json_schema(REGISTRY))
     with pytest.raises(InputError) as caught:
         load_recipe(recipe, REGISTRY, [KEYS[kind].format(f"{name}x")])
@@ -68,6 +70,12 @@ def test_adapters_are_listed_and_suggested() -> None:
     assert {name for kind, name in NAMED if kind == "adapters"} <= listed
     done = refusalkit("adapters", "tiny:llama", "--adapter", "template_smollm")
     assert (done.returncode, "did you mean 'template_smollm3'?" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("name", [name for kind, name in NAMED if kind == "commands"])
+def test_commands_are_listed_and_explain_themselves(name: str) -> None:
+    assert f" {name} " in refusalkit("--help").stdout
+    assert f"refusalkit {name} [OPTIONS]" in refusalkit(name, "--help").stdout
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)

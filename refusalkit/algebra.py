@@ -193,6 +193,20 @@ def completion_loss(logits: Tensor, token_ids: Tensor, mask: Tensor) -> Tensor:
     return -(picked * mask[:, 1:].to(logits.device)).sum(-1)
 
 
+def kl_along(reference: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+    """Sum KL(reference || logits), in nats, of the predictions of the tokens that `mask` marks: [prompt].
+
+    Both [prompt, position, d_vocab] predict the token one position later; mask [prompt, position]. One prompt after the
+    other, because a vocabulary's distributions at every token of a batch are large in float64.
+    """
+    chosen = mask[:, 1:].to(logits.device)
+    sums = [
+        kl_nats(before[marked], after[marked]).sum()
+        for before, after, marked in zip(reference.to(logits.device)[:, :-1], logits[:, :-1], chosen, strict=True)
+    ]
+    return torch.stack(sums)
+
+
 def orthogonalize(weight: Tensor, basis: Tensor, axis: int, keep_norms: bool = False) -> Tensor:
     """Remove `basis` [rank, d_model] from what `weight` writes along `axis`, the one of length d_model.
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from refusalkit.intervention import Site
-from refusalkit.metric import SIDES, Side
+from refusalkit.metric import SIDES, Side, Verdict
 from refusalkit.strategy import Captured
 
 Split = Literal["train", "validation", "test"]
@@ -226,6 +226,13 @@ class Result(Frozen):
     """One value a test prompt, in their order; not-a-number where a prompt has none."""
     weights: tuple[float, ...] | None = None
     """What each prompt counts in the mean; null for equally."""
+    verdict: Verdict | None = None
+    """What a one says of a completion, where the values are verdicts."""
+
+    @property
+    def missing(self) -> int:
+        """How many test prompts have no value."""
+        return max(0, len(self.values) - self.n)
 
 
 class Generated(Frozen):
@@ -234,8 +241,9 @@ class Generated(Frozen):
     intervention: str
     prompts: Side
     texts: tuple[str, ...]
-    refused: tuple[bool, ...] | None = None
-    """Whether each is a refusal by the first rate metric over completions; null where none was asked for."""
+    refused: tuple[bool | None, ...] | None = None
+    """Whether each is a refusal by the first metric that tells, null where its verdict is missing; null as a whole
+    where none was asked for."""
 
 
 class Separation(Frozen):

@@ -87,7 +87,7 @@ def open_checkpoint(section: ModelSection, registry: Registry) -> Checkpoint:
     tokenizer = _read(AutoTokenizer, "tokenizer", source, section, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Checkpoint(section, source, _revision(source, config), config, tokenizer, adapter)
+    return Checkpoint(section, source, revision_of(source, config), config, tokenizer, adapter)
 
 
 def skeleton(section: ModelSection, config: Any) -> Any:
@@ -224,7 +224,7 @@ def _resolve(section: ModelSection, config: Any, registry: Registry) -> Adapter:
     return ranked[0]
 
 
-def _revision(source: str, config: Any) -> str:
+def revision_of(source: str, config: Any = None) -> str:
     """Return what identifies the weights: the hub commit, or a hash over the folder's file names, sizes and times."""
     commit = getattr(config, "_commit_hash", None)
     folder = Path(source)

@@ -17,7 +17,7 @@ import typer
 
 from refusalkit import safety_commands
 from refusalkit.errors import InputError, Interrupted, RefusalkitError
-from refusalkit.plugin_commands import plugin_app
+from refusalkit.plugin_commands import Commands, plugin_app
 
 if TYPE_CHECKING:
     from refusalkit.batch import Batch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="refusalkit",
+    cls=Commands,
     help="Find, measure and repair the refusal direction of language models, from a recipe.",
     no_args_is_help=True,
     add_completion=False,
@@ -176,11 +177,13 @@ def _execute(plan: Plan, folder: Path, until: Until = Until.report) -> None:
     with progress() as shown:
         execute(plan, folder, shown, until.value)
     if until is Until.report:
-        from refusalkit.report.finding import sentence
+        from refusalkit.report.finding import left_out, sentence
         from refusalkit.run_directory import read_run
 
         finished = read_run(folder)
         print(sentence(finished.choice, finished.evaluation, repairs=finished.candidates.repairs), file=sys.stderr)
+        if missing := left_out(finished.evaluation):
+            print(missing, file=sys.stderr)
 
 
 @app.command()

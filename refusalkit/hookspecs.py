@@ -14,6 +14,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from refusalkit.adapter import Adapter
+    from refusalkit.command import Command
     from refusalkit.intervention import InterventionSpec
     from refusalkit.metric import Metric
     from refusalkit.prompt_source import PromptSource
@@ -55,3 +56,8 @@ def refusalkit_metrics() -> Sequence[type[Metric]]:  # type: ignore[empty-body]
 @hookspec
 def refusalkit_prompt_sources() -> Sequence[PromptSource]:  # type: ignore[empty-body]
     """Return places prompts come from: `PromptSource` values, named by their scheme (`file:harmful.txt`)."""
+
+
+@hookspec
+def refusalkit_commands() -> Sequence[Command]:  # type: ignore[empty-body]
+    """Return commands of `refusalkit`: `Command` values, listed by `refusalkit --help` behind its own."""

@@ -8,8 +8,8 @@ An `Intervention` is a set of edits of the residual stream or one edit of the we
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -48,6 +48,16 @@ class Edit:
     def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """What `algebra.edit` takes beside the hidden state, in its order."""
         return self.remove, self.add, self.turn, self.along
+
+
+@dataclass(frozen=True)
+class Place:
+    """Name where one hidden state of a prompt is."""
+
+    site: Site
+    layer: int
+    position: int
+    """Negative, counted from the end of the prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +113,19 @@ class Direction:
     """[layer, d_model]: the same of harmful training prompts."""
     found: Tensor | None = None
     """What was found, where `vector` is a random control that stands in for it; gates read along this."""
+    validation: Mapping[int, Tensor] = field(default_factory=dict)
+    """By layer, [prompt, d_model]: the states of harmless validation prompts at `site` and this position, in the layers
+    where an intervention is `calibrated_in`."""
 
     @property
     def main(self) -> Tensor:
         """The direction [d_model] as found; of a subspace, the first row."""
         return self.vector.reshape(-1, self.vector.shape[-1])[0]
+
+    @property
+    def place(self) -> Place:
+        """Where it was found."""
+        return Place(self.site, self.layer, self.position)
 
     @property
     def basis(self) -> Tensor:
@@ -152,6 +170,10 @@ class InterventionSpec(BaseModel, ABC):
     def gated(self) -> bool:
         """Whether a gate read in the prompt decides whether it applies."""
         return any(spec.gated for spec in self.nested)
+
+    def calibrated_in(self, layer: int) -> frozenset[int]:
+        """Return the layers whose harmless validation prompts it needs, for a direction found in `layer`."""
+        return frozenset[int]().union(*(spec.calibrated_in(layer) for spec in self.nested))
 
     def check(self, n_layers: int) -> None:
         """Raise `InputError` for what a model of `n_layers` has no place for."""

@@ -81,10 +81,14 @@ def _permutation(values: Tensor, weights: Tensor, generator: Generator) -> float
     import torch
 
     swapped = torch.rand(_EXCHANGES, values.shape[-1], generator=generator) < 0.5
-    exchanged = [torch.where(swapped, both[[1, 0]][:, None], both[:, None]) for both in (values, weights)]
-    found = _difference(exchanged[0], exchanged[1]).abs()
+    if torch.equal(*weights):
+        # An exchange turns the sign of a prompt's difference.
+        found = (1.0 - 2.0 * swapped.double()) @ (weights[0] * (values[1] - values[0])) / weights[0].sum()
+    else:
+        exchanged = [torch.where(swapped, both[[1, 0]][:, None], both[:, None]) for both in (values, weights)]
+        found = _difference(exchanged[0], exchanged[1])
     # A hair's breadth, so that rounding does not make an equal difference a smaller one.
-    as_much = found >= _difference(values, weights).abs() * (1 - 1e-12)
+    as_much = found.abs() >= _difference(values, weights).abs() * (1 - 1e-12)
     # The arrangement that was observed is one of those that chance could have made.
     return (1 + int(as_much.sum())) / (1 + _EXCHANGES)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 import refusalkit
+from refusalkit.agreement import agreements
 from refusalkit.artifacts import (
     Activations,
     Analyses,
@@ -196,19 +197,25 @@ def _run(runner: Runner, until: str) -> None:
 
 
 def _evaluate(runner: Runner, found: tuple[Activations, Choice], splits: PromptSplits) -> Evaluation:
-    section = runner.plan.recipe.evaluate
-    return evaluate.evaluate(section, found, splits, _unmodified(runner, splits), runner.bench())
-
-
-def _unmodified(runner: Runner, splits: PromptSplits) -> Unmodified:
-    section = runner.plan.recipe.evaluate
-    return runner.obtain(Unmodified, lambda: evaluate.complete(section, splits, runner.bench()))[0]
+    _ready(runner)
+    return evaluate.evaluate(runner.plan.evaluate, found, splits, _unmodified(runner, splits), runner.bench())
 
 
 def _analyze(runner: Runner, found: tuple[Activations, Choice], splits: PromptSplits) -> Analyses:
+    _ready(runner)
     plan, unmodified = runner.plan, _unmodified(runner, splits)
     asked = list(zip(plan.recipe.analyze, plan.groups, strict=True))
-    return analyze.analyze(asked, Findings(plan.recipe.evaluate, *found, splits, unmodified, runner.bench()))
+    return analyze.analyze(asked, Findings(plan.evaluate, *found, splits, unmodified, runner.bench()))
+
+
+def _ready(runner: Runner) -> None:
+    for metric in runner.plan.evaluate.metrics:
+        metric.ready()
+
+
+def _unmodified(runner: Runner, splits: PromptSplits) -> Unmodified:
+    section = runner.plan.evaluate
+    return runner.obtain(Unmodified, lambda: evaluate.complete(section, splits, runner.bench()))[0]
 
 
 def check_folder(plan: Plan, out: Path) -> None:
@@ -334,10 +341,20 @@ def summary(recipe: str, model: Mapping[str, str | None], choice: Choice, result
         },
         "evaluation": [
             # Through JSON text, which writes a number that is none (no prompt had a value) as null.
-            json.loads(result.model_dump_json(include=_SUMMARISED))
+            json.loads(result.model_dump_json(include=_SUMMARISED)) | {"missing": result.missing}
             for result in results
         ],
+        **_agreement(results),
     }
+
+
+def _agreement(results: Sequence[Result]) -> dict[str, Any]:
+    """Return how far verdicts agree, where there are verdicts to compare."""
+    rows = [
+        {key: None if isinstance(value, float) and isnan(value) else value for key, value in row._asdict().items()}
+        for row in agreements(results)
+    ]
+    return {"agreement": rows} if rows else {}
 
 
 _SUMMARISED = {"intervention", "prompts", "metric", "value", "low", "high", "n"}

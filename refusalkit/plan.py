@@ -7,29 +7,32 @@ stage's content key hashes what decides its result, so a finished stage is recog
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import refusalkit
 from refusalkit.arithmetic import Find, content, fitted
 from refusalkit.artifacts import AS_FOUND, LAYER_CONVENTION, Split
 from refusalkit.checkpoint import Checkpoint, open_checkpoint
 from refusalkit.errors import InputError, nearest
-from refusalkit.metric import SIDES, Side
+from refusalkit.limits import check_quantized, check_remote
+from refusalkit.metric import SIDES, Side, TextMetric
+from refusalkit.prompt_source import Passage, PromptSource
 from refusalkit.prompt_split import check_leaks, in_proportion, split_pool, without_duplicates
-from refusalkit.recipe import PromptFiles, PromptsSection, Recipe
+from refusalkit.recipe import EvaluateSection, PromptFiles, PromptsSection, Recipe
 from refusalkit.registry import Registry
 from refusalkit.selector import Selector
-from refusalkit.stages.evaluate import WRITTEN
+from refusalkit.stages.asking import WRITTEN
 from refusalkit.stages.prompts import Request
 from refusalkit.store import STAGES, content_key
 from refusalkit.strategy import Setting
 from refusalkit.template import ChatTemplate, Thinking
 
+T = TypeVar("T")
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 #: Ends the key of captured activations that hold every prompt's. What follows from the means does not depend on it.
 _SAMPLES = "+samples"
@@ -48,6 +51,8 @@ class Plan:
     """The content key of every stage, and of the unmodified model's completions (`baseline`)."""
     find: Find
     """The section `find` as it runs on this model, its files looked up."""
+    evaluate: EvaluateSection
+    """The section `evaluate` as it runs, the texts of its metrics read."""
     groups: tuple[Mapping[str, tuple[str, ...]], ...] = ()
     """The prompts that each analysis needs beside the run's own, by the name it has for them."""
     host: str | None = None
@@ -101,15 +106,20 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples: bool = False) -> Plan:
+def make_plan(
+    recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples: bool = False, measured: Split = "test"
+) -> Plan:
     """Resolve a recipe whose relative paths start at `folder`.
 
+    With `measured="validation"` the run evaluates on the validation prompts, unfiltered, and knows no test prompt: for
+    whoever chooses between runs.
     Raises `InputError` for a model, adapter, prompt source or option that cannot be used.
     """
-    _check_remote(recipe)
+    check_remote(recipe)
     pools, dropped = read_pools(recipe.prompts, folder, registry)
+    pools = {side: {**splits, "test": splits[measured]} for side, splits in pools.items()}
     checkpoint = open_checkpoint(recipe.model, registry)
-    _check_quantized(recipe)
+    check_quantized(recipe)
     template = chat_template(recipe, checkpoint)
     _check_interventions(recipe, checkpoint, template)
     wanted = recipe.find.reads_at if recipe.capture.positions == "auto" else recipe.capture.positions
@@ -128,6 +138,8 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples
     )
     _check_sides(recipe)
     _check_finds_again(recipe)
+    for metric in recipe.evaluate.metrics:
+        metric.check()
     find = fitted(
         recipe.find,
         Setting(
@@ -139,11 +151,14 @@ def make_plan(recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples
             checkpoint.d_model,
         ),
     )
-    keys = _keys(recipe, find, registry, checkpoint, (template, request))
+    evaluate = _with_texts(recipe.evaluate, folder, registry)
+    keys = _keys((recipe, find, evaluate), registry, checkpoint, (template, request))
     groups = tuple(_groups(recipe, folder, registry))
     if recipe.analyze:
         keys |= {"analyze": _analyze_key(recipe, registry, groups, keys)}
-    return Plan(recipe, registry, checkpoint, template, request, keys, find, groups, _host(recipe), keeps_samples)
+    return Plan(
+        recipe, registry, checkpoint, template, request, keys, find, evaluate, groups, _host(recipe), keeps_samples
+    )
 
 
 def _groups(recipe: Recipe, folder: Path, registry: Registry) -> Iterator[Mapping[str, tuple[str, ...]]]:
@@ -241,70 +256,6 @@ def _host(recipe: Recipe) -> str | None:
     return chosen_host(recipe.model.host)
 
 
-def _check_remote(recipe: Recipe) -> None:
-    """Refuse, before anything is sent, what a server that others use cannot do or must not be asked to."""
-    model = recipe.model
-    if model.where == "local":
-        if model.host is not None:
-            raise InputError(
-                "names a server, and the model runs on this machine",
-                where="model.host",
-                hint="add `where: ndif`, or leave it out",
-            )
-        return
-    local = "leave it out, or run with `model.where: local`"
-    if edits := [spec.label for spec in recipe.evaluate.interventions if spec.on_weights]:
-        raise InputError(
-            f"{edits[0]!r} edits weights, and others use the weights of a server's model",
-            where="evaluate.interventions",
-            hint=local,
-        )
-    for where, needed in gradients(recipe).items():
-        if needed:
-            raise InputError(
-                "needs gradients, which a server does not compute for code it does not trust", where=where, hint=local
-            )
-    if reading := [analysis.analysis for analysis in recipe.analyze if analysis.reads_weights]:
-        raise InputError(
-            f"{reading[0]} reads weights and attention patterns, which stay on the server",
-            where="analyze",
-            hint=local,
-        )
-    if model.quantize != "none":
-        raise InputError("the server decides how weights are stored", where="model.quantize", hint=local)
-
-
-def gradients(recipe: Recipe) -> dict[str, bool]:
-    """Say which of the stages that may run backward passes do."""
-    return {
-        "find": any(strategy.needs_gradients for strategy in recipe.find.strategies),
-        "select": recipe.select.needs_gradients,
-    }
-
-
-def _check_quantized(recipe: Recipe) -> None:
-    if recipe.model.quantize == "none":
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(
-            "bitsandbytes is not installed",
-            where=f"model.quantize {recipe.model.quantize!r}",
-            hint="pip install 'refusalkit[quantized]'",
-        )
-    if edits := [spec.label for spec in recipe.evaluate.interventions if spec.on_weights]:
-        raise InputError(
-            f"{edits[0]!r} edits weights, and quantized weights cannot be edited",
-            where="evaluate.interventions",
-            hint="leave it out, or load the model with `quantize: none`",
-        )
-    if reading := [analysis.analysis for analysis in recipe.analyze if analysis.reads_weights]:
-        raise InputError(
-            f"{reading[0]} reads weights, and those of a quantized model are packed",
-            where="analyze",
-            hint="leave it out, or load the model with `quantize: none`",
-        )
-
-
 def _check_interventions(recipe: Recipe, checkpoint: Checkpoint, template: ChatTemplate) -> None:
     for spec in recipe.evaluate.interventions:
         spec.check(checkpoint.n_layers)
@@ -388,6 +339,35 @@ def _at_most(prompts: tuple[str, ...], size: int, seed: int) -> tuple[str, ...]:
 
 def read_source(address: str, folder: Path, registry: Registry, where: str) -> Mapping[str, tuple[str, ...]]:
     """Read the prompts at `scheme:address`."""
+    source, rest = _source(address, registry, where)
+    return _read(partial(source.read, rest, folder), where)
+
+
+def _with_texts(section: EvaluateSection, folder: Path, registry: Registry) -> EvaluateSection:
+    """Read the texts of the metrics that look at some."""
+    metrics = tuple(
+        metric.holding(_texts(metric, folder, registry)) if isinstance(metric, TextMetric) else metric
+        for metric in section.metrics
+    )
+    return section.model_copy(update={"metrics": metrics})
+
+
+def _texts(metric: TextMetric, folder: Path, registry: Registry) -> tuple[Passage, ...]:
+    where = f"evaluate.metrics: {metric.metric}.source"
+    if not metric.answered:
+        found = read_source(metric.source, folder, registry, where)
+        return tuple(Passage(text) for text in _only(found, "test"))
+    source, rest = _source(metric.source, registry, where)
+    if source.read_answered is None:
+        answering = [scheme for scheme, each in registry.prompt_sources.items() if each.read_answered is not None]
+        raise InputError(
+            f"{source.scheme}: has prompts and no answers", where=where, hint=f"take one of {', '.join(answering)}"
+        )
+    return _read(partial(source.read_answered, rest, folder), where)
+
+
+def _source(address: str, registry: Registry, where: str) -> tuple[PromptSource, str]:
+    """Return the source that an address names, and the rest of the address."""
     scheme, separator, rest = address.partition(":")
     source = registry.prompt_sources.get(scheme)
     if source is None or not separator:
@@ -395,8 +375,12 @@ def read_source(address: str, folder: Path, registry: Registry, where: str) -> M
         schemes = f"the schemes are {', '.join(known)}"
         hint = nearest(scheme, known) if separator else f"write SCHEME:ADDRESS, such as file:{address}; {schemes}"
         raise InputError(f"{address!r} names no prompt source", where=where, hint=hint)
+    return source, rest
+
+
+def _read(read: Callable[[], T], where: str) -> T:
     try:
-        return source.read(rest, folder)
+        return read()
     except InputError as error:
         # The source knows the file and the line; which side and split it was read for is known here.
         error.where = f"{where}: {error.where}" if error.where else where
@@ -404,8 +388,7 @@ def read_source(address: str, folder: Path, registry: Registry, where: str) -> M
 
 
 def _keys(
-    recipe: Recipe,
-    find: Find,
+    as_run: tuple[Recipe, Find, EvaluateSection],
     registry: Registry,
     checkpoint: Checkpoint,
     prompts: tuple[ChatTemplate, Request],
@@ -414,14 +397,15 @@ def _keys(
 
     What only some recipes have is left out of the keys of the others.
     """
-    template, request = prompts
+    (recipe, find, evaluate), (template, request) = as_run, prompts
+    texts = {metric.label: metric.texts for metric in evaluate.metrics if isinstance(metric, TextMetric)}
     others = [strategy.strategy for strategy in find.strategies[1:]]
     extra_sides = [side for side in _sides(find) if side == "over_refusal"]
 
     def owner(kind: str, name: str) -> str:
         return str(registry.owner(f"refusalkit_{kind}", name))
 
-    evaluate, model = recipe.evaluate, recipe.model
+    model = recipe.model
     own: dict[str, dict[str, Any]] = {
         "prompts": {
             "model": [model.id, checkpoint.revision, model.dtype, model.quantize],
@@ -448,6 +432,7 @@ def _keys(
             "section": evaluate.model_dump(mode="json", serialize_as_any=True),
             "owners": [owner("interventions", name) for spec in evaluate.interventions for name in spec.names]
             + [owner("metrics", metric.metric) for metric in evaluate.metrics],
+            **({"texts": {label: list(map(astuple, read)) for label, read in texts.items()}} if texts else {}),
         },
     }
     keys: dict[str, str] = {}

@@ -9,7 +9,9 @@ from typing import Any
 from refusalkit.artifacts import Split
 from refusalkit.batch import Batch
 from refusalkit.checkpoint import Checkpoint
-from refusalkit.plan import SPLITS, Plan, gradients
+from refusalkit.limits import gradients
+from refusalkit.metric import TextMetric
+from refusalkit.plan import SPLITS, Plan
 from refusalkit.recipe import Recipe
 from refusalkit.remote_cost import costs
 from refusalkit.report.wording import bytes_of
@@ -43,7 +45,8 @@ def describe(plan: Plan, out: Path) -> str:
         ("find", f"{plan.find.label}: {'at most ' if plan.find.needs_model else ''}{plan.n_candidates} candidates"),
         ("select", f"{recipe.select.selector}, {_options(recipe.select)}"),
         ("evaluate", ", ".join(spec.label for spec in recipe.evaluate.interventions)),
-        ("", ", ".join(metric.metric for metric in recipe.evaluate.metrics)),
+        ("", ", ".join(part.label for metric in recipe.evaluate.metrics for part in metric.parts)),
+        *_sent(plan),
         *[("analyze" if number == 0 else "", text) for number, text in enumerate(_analyses(plan))],
         *_gradients(recipe),
         *[("forward" if number == 0 else "", text) for number, text in enumerate(_passes(plan))],
@@ -108,6 +111,16 @@ def _analyses(plan: Plan) -> Iterator[str]:
         yield analysis.analysis + (f": {', '.join(named)}" if named else "")
 
 
+def _sent(plan: Plan) -> list[tuple[str, str]]:
+    """Say which hosts get prompts and completions."""
+    rows = []
+    for metric in plan.recipe.evaluate.metrics:
+        if metric.sends_to is not None:
+            sides = " and ".join(side.replace("_", "-") for side in plan.prompts.sides if side in metric.sides)
+            rows.append(("sends", f"{sides} prompts and their completions are sent to {metric.sends_to}"))
+    return rows
+
+
 def _gradients(recipe: Recipe) -> list[tuple[str, str]]:
     """Name the stages that run backward passes."""
     stages = " and ".join(stage for stage, needed in gradients(recipe).items() if needed)
@@ -136,10 +149,13 @@ def _passes(plan: Plan) -> list[str]:
     controls = sum(not spec.on_weights for spec in acting) * plan.recipe.evaluate.n_controls
     # What a gate does is compared with a pass of its own.
     cases = 1 + len(acting) + controls + any(spec.gated for spec in acting)
+    texts = sum(len(metric.texts) for metric in plan.evaluate.metrics if isinstance(metric, TextMetric))
+    of_texts = f", {(1 + len(acting) + controls) * texts} of texts" if texts else ""
     return [
         f"prompts {read + sum(validation.values())} passes of one prompt, capture at most {captured}",
         f"select {selecting if plan.recipe.select.runs_model else 'none'}",
-        f"evaluate {cases * test} and as many completions of up to {plan.recipe.evaluate.max_new_tokens} tokens",
+        f"evaluate {cases * test} and as many completions of up to {plan.recipe.evaluate.max_new_tokens} tokens"
+        f"{of_texts}",
     ]
 
 

@@ -1,12 +1,17 @@
-"""Offer what plugin authors need on the command line: `refusalkit plugin`."""
+"""Offer what plugin authors need on the command line, `refusalkit plugin`, and the commands of their plugins."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+from refusalkit.errors import InputError
+from refusalkit.hookspecs import NAME
 
 plugin_app = typer.Typer(help="Start a plugin of your own, and check installed ones.", no_args_is_help=True)
 
@@ -50,3 +55,39 @@ def check(
     if any(one.broken for one in checked):
         print(f"`pytest --refusalkit={owner.name}` shows where", file=sys.stderr)
         raise typer.Exit(1)
+
+
+class Commands(TyperGroup):
+    """Offer the commands of plugins behind our own. Plugins are loaded for the list and for names that are not ours."""
+
+    _loaded = False
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return every name, ours first."""
+        self._load()
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return the command called `cmd_name`, or None."""
+        if cmd_name not in self.commands:
+            self._load()
+        return super().get_command(ctx, cmd_name)
+
+    def _load(self) -> None:
+        """Take the commands of plugins over; raises `InputError` for one that has the name of ours."""
+        # Where no plugin is installed, help need not wait for the registry.
+        if self._loaded or not importlib.metadata.entry_points(group=NAME):
+            return
+        self._loaded = True
+        from refusalkit.registry import load_registry
+
+        registry = load_registry()
+        for name, command in registry.commands.items():
+            owner = registry.owner("refusalkit_commands", name)
+            if name in self.commands:
+                raise InputError(
+                    f"refusalkit has a command called {name!r} itself", where=str(owner), hint="uninstall that plugin"
+                )
+            app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+            app.command(name, rich_help_panel=f"From {owner}")(command.run)
+            self.commands[name] = typer.main.get_command(app)

@@ -155,7 +155,11 @@ class EvaluateSection(Section):
             raise ValueError("lists nothing to measure")
         for number, item in enumerate(listed):
             if item in listed[:number]:
-                raise ValueError(f"lists {item.label if isinstance(item, InterventionSpec) else item.metric} twice")
+                raise ValueError(f"lists {item.label} twice")
+        labels = [part.label for metric in listed if isinstance(metric, Metric) for part in metric.parts]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"calls two metrics {label}: give one of them another `name`")
         return listed
 
 

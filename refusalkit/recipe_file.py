@@ -96,9 +96,7 @@ def load_members(path: Path, registry: Registry, settings: Sequence[str] = ()) -
 
     Raises `InputError` as `load_recipe` does; in a sweep it names the run as well.
     """
-    source = read_source(path)
-    for setting in settings:
-        _apply(source, setting)
+    source = read_recipe(path, settings)
     if source.data.get("sweep", {}) == {}:
         return (Member(check(source, registry)),)
     _check_not_overruled(source)
@@ -131,16 +129,28 @@ def _check_not_overruled(source: Source) -> None:
 
 def _at(source: Source, point: Point) -> Source:
     """Return the recipe of one run of a sweep."""
-    data = copy.deepcopy({key: value for key, value in source.data.items() if key != "sweep"})
-    if isinstance(data.get("name"), str):
-        data["name"] += f"/{point.name}"
-    made = Source(source.path, data, dict(source.lines), dict(source.settings), {}, point.name)
+    made = variant(source, point.name)
     for key, value in point.values.items():
-        keys: KeyPath = tuple(key.split("."))
         written = ("sweep", key, point.indices[key])
-        for begun in _put(made, keys, copy.deepcopy(value), source.where(written)):
+        for begun in put(made, key, copy.deepcopy(value), source.where(written)):
             made.swept[begun] = written
     return made
+
+
+def read_recipe(path: Path, settings: Sequence[str] = ()) -> Source:
+    """Parse the recipe at `path` and apply `settings`, without checking what it says."""
+    source = read_source(path)
+    for setting in settings:
+        _apply(source, setting)
+    return source
+
+
+def variant(source: Source, run: str) -> Source:
+    """Return a copy of a recipe to change, called `run` below the recipe's own name."""
+    data = copy.deepcopy({key: value for key, value in source.data.items() if key != "sweep"})
+    if isinstance(data.get("name"), str):
+        data["name"] += f"/{run}"
+    return Source(source.path, data, dict(source.lines), dict(source.settings), {}, run)
 
 
 def read_source(path: Path, words: Words = RECIPE) -> Source:
@@ -226,41 +236,59 @@ def _index(node: yaml.Node, keys: KeyPath, path: Path, lines: dict[KeyPath, int]
 def _apply(source: Source, setting: str) -> None:
     key, separator, text = setting.partition("=")
     where = f"--set {setting}"
-    keys: KeyPath = tuple(key.strip().split("."))
-    if not separator or not all(keys):
+    if not separator or not all(key.strip().split(".")):
         raise InputError("not of the form key=value", where=where, hint="for example --set model.dtype=float32")
-    if keys[0] == "sweep" and len(keys) > 2:
-        # The keys of a sweep hold dots themselves.
-        keys = ("sweep", ".".join(map(str, keys[1:])))
-    for begun in _put(source, keys, _value(text, where), where):
+    for begun in put(source, key.strip(), _value(text, where), where):
         source.settings[begun] = setting
 
 
-def _put(source: Source, keys: KeyPath, value: Any, where: str) -> list[KeyPath]:
-    """Set one key, and return its path and those of the sections that had to be begun for it."""
-    *parents, last = keys
-    begun = []
+def put(source: Source, key: str, value: Any, where: str) -> list[KeyPath]:
+    """Set one dotted key, in which a number counts the items of a list from 0.
+
+    Returns its path and those of the sections that had to be begun for it.
+    """
+    parts = key.split(".")
+    if parts[0] == "sweep" and len(parts) > 2:
+        # The keys of a sweep hold dots themselves.
+        parts = ["sweep", ".".join(parts[1:])]
+    keys: KeyPath = ()
+    begun: list[KeyPath] = []
     target: Any = source.data
-    for depth, part in enumerate(parents):
+    for part in parts[:-1]:
+        keys = (*keys, _step(target, part, keys, where))
+        here = keys[-1]
+        if isinstance(target, dict) and here not in target:
+            begun.append(keys)
+            target[here] = {}
         # A bare name (`select: causal`) stands for a mapping, so a setting below it turns it into one.
-        if isinstance(target.get(part), str) and part in _NAMED_SECTIONS:
-            target[part] = {_NAMED_SECTIONS[part]: target[part]}
-        if part not in target:
-            begun.append(keys[: depth + 1])
-        target = target.setdefault(part, {})
-        if not isinstance(target, dict):
-            raise InputError(
-                f"{'.'.join(map(str, keys[: depth + 1]))} is not a section",
-                where=where,
-                hint="set the whole value instead",
-            )
+        noun = _NAMED_ITEMS.get(keys[-2]) if isinstance(here, int) else _NAMED_SECTIONS.get(here)
+        if isinstance(target[here], str) and noun is not None:
+            target[here] = {noun: target[here]}
+        target = target[here]
+    last = _step(target, parts[-1], keys, where)
+    keys = (*keys, last)
     target[last] = value
     for written in [written for written in source.lines if written[: len(keys)] == keys]:
         del source.lines[written]
     return [*begun, keys]
 
 
-_NAMED_SECTIONS: dict[str | int, str] = {"find": "strategy", "select": "selector"}
+def _step(target: Any, part: str, keys: KeyPath, where: str) -> str | int:
+    """Return what leads from `target` to `part`: the key itself, or a place in a list."""
+    if isinstance(target, dict):
+        return part
+    if isinstance(target, list) and part.isdecimal() and int(part) < len(target):
+        return int(part)
+    shown = ".".join(map(str, keys))
+    if isinstance(target, list):
+        raise InputError(
+            f"{part!r} is no place in the list {shown}", where=where, hint=f"0 to {len(target) - 1}, in its order"
+        )
+    raise InputError(f"{shown} is not a section", where=where, hint="set the whole value instead")
+
+
+_NAMED_SECTIONS = {"find": "strategy", "select": "selector"}
+_NAMED_ITEMS: dict[str | int, str] = {"interventions": "intervention", "metrics": "metric"}
 
 
 def _value(text: str, where: str) -> Any:

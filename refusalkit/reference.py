@@ -29,11 +29,12 @@ from refusalkit.adapter import Adapter, Family, Gain, Matrix, Refusal, Write
 from refusalkit.analysis import ANALYSES
 from refusalkit.arithmetic import OPERATIONS
 from refusalkit.cli import app
+from refusalkit.command import Command
 from refusalkit.interchange.content import Trait
 from refusalkit.interchange.formats import FORMATS
-from refusalkit.intervention import ActivationSpec, Direction, Edit, Gate, Intervention, InterventionSpec
-from refusalkit.metric import Evidence, Metric, Values
-from refusalkit.prompt_source import PromptSource
+from refusalkit.intervention import ActivationSpec, Direction, Edit, Gate, Intervention, InterventionSpec, Place
+from refusalkit.metric import SIDES, Evidence, Metric, TextMetric, Values
+from refusalkit.prompt_source import Passage, PromptSource
 from refusalkit.recipe import PromptFiles, recipe_type
 from refusalkit.registry import Registry, load_registry
 from refusalkit.selector import Attribution, Measure, Score, SelectInputs, Selection, Selector, Subject
@@ -122,12 +123,20 @@ def _described(where: str, providers: Mapping[str, type[BaseModel]]) -> list[str
         keys = [line for key, field in options.items() for line in _key(key, field, helps.get(key))]
         if _shared(provider):
             keys += _item("`layers`, `where`, `steps`", "see below")
+        lines += ["", *_wrapped(_measured(provider))] if issubclass(provider, Metric) else []
         lines += ["", *keys] if keys else []
     if any(map(_shared, providers.values())):
         lines += ["", f"### `{where}`: `layers`, `where`, `steps`", "", *_wrapped(_WINDOWS), ""]
         fields = ActivationSpec.model_fields
         lines += [line for key in _shared(ActivationSpec) for line in _key(key, fields[key])]
     return lines
+
+
+def _measured(metric: type[Metric]) -> str:
+    """Say what the numbers of a metric are, and what they rest on."""
+    sides = "of every side" if metric.sides == SIDES else f"that are {' or '.join(metric.sides)}"
+    over = "texts" if issubclass(metric, TextMetric) else f"prompts {sides}"
+    return f"A {metric.kind} over {over}. Unit: {metric.unit}. Needs: `{metric.needs}`."
 
 
 _WINDOWS = "Whatever acts on activations can be kept to some layers, some tokens and some decode steps."
@@ -268,11 +277,12 @@ _BASES: dict[str, tuple[tuple[type, ...], Callable[..., Any]]] = {
         testing.check_selector,
     ),
     "interventions": (
-        (InterventionSpec, ActivationSpec, Direction, Intervention, Edit, Gate),
+        (InterventionSpec, ActivationSpec, Direction, Place, Intervention, Edit, Gate),
         testing.check_intervention,
     ),
-    "metrics": ((Metric, Evidence, Values), testing.check_metric),
-    "prompt_sources": ((PromptSource,), testing.check_prompt_source),
+    "metrics": ((Metric, TextMetric, Evidence, Values), testing.check_metric),
+    "prompt_sources": ((PromptSource, Passage), testing.check_prompt_source),
+    "commands": ((Command,), testing.check_command),
 }
 
 
@@ -287,14 +297,15 @@ def hooks_page(registry: Registry) -> str:
         for base in bases:
             lines += ["", f"### `{base.__name__}`", "", *_paragraphs(base), "", *_members(base)]
         lines += ["", "### Laws", "", *_wrapped(f"`refusalkit.testing.{laws.__name__}`: {_doc(laws)}")]
-        lines += ["", "### Built in", ""]
-        for name, value in getattr(registry, kind).items():
+        built_in = getattr(registry, kind)
+        lines += ["", "### Built in", ""] if built_in else []
+        for name, value in built_in.items():
             lines += _item(f"`{name}`, from {registry.owner(hook, name).name}", _about(value))
     return "\n".join(lines) + "\n"
 
 
 def _members(base: type) -> list[str]:
-    """List the fields, class variables and abstract methods that a provider has or sets."""
+    """List the fields, class variables and methods that a provider has or sets."""
     helps = attribute_docs(base)
     own = inspect.get_annotations(base)
     if is_dataclass(base):
@@ -308,9 +319,15 @@ def _members(base: type) -> list[str]:
         if not name.startswith("_") and name != "model_config"
         for line in _item(f"`{name}: {annotation}`", helps.get(name, ""))
     ]
-    asked = [name for name, value in vars(base).items() if inspect.isfunction(value) and not name.startswith("_")]
-    for name in sorted(getattr(base, "__abstractmethods__", ())) or (
-        asked if base in (Subject, DifferentiableSubject) else ()
+    public = {name: value for name, value in vars(base).items() if not name.startswith("_")}
+    asked = [name for name, value in public.items() if inspect.isfunction(value)]
+    if base is Metric:
+        for name, value in public.items():
+            if isinstance(value, property):
+                returned = inspect.signature(value.fget).return_annotation  # type: ignore[arg-type]
+                lines += _item(f"`{name}: {returned}`", " ".join((inspect.getdoc(value) or "").split()))
+    for name in (
+        asked if base in (Subject, DifferentiableSubject, Metric) else sorted(getattr(base, "__abstractmethods__", ()))
     ):
         method = getattr(base, name)
         about = " ".join((inspect.getdoc(method) or "").split())

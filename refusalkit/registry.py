@@ -21,6 +21,7 @@ import pluggy
 
 from refusalkit import hookspecs
 from refusalkit.adapter import Adapter
+from refusalkit.command import Command
 from refusalkit.errors import InputError
 from refusalkit.intervention import InterventionSpec
 from refusalkit.metric import Metric
@@ -69,6 +70,7 @@ class Registry:
     interventions: Mapping[str, type[InterventionSpec]]
     metrics: Mapping[str, type[Metric]]
     prompt_sources: Mapping[str, PromptSource]
+    commands: Mapping[str, Command]
     owners: Mapping[tuple[str, str], Owner]
     """Who provides what: (kind, name), kind being the name of the field above."""
     broken: tuple[BrokenPlugin, ...] = ()
@@ -188,6 +190,7 @@ _KINDS: Mapping[str, tuple[type[Any], str | None]] = {
     "refusalkit_interventions": (InterventionSpec, "intervention"),
     "refusalkit_metrics": (Metric, "metric"),
     "refusalkit_prompt_sources": (PromptSource, None),
+    "refusalkit_commands": (Command, None),
 }
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from refusalkit.analysis import Directions, Suffixes
 from refusalkit.artifacts import Split
 from refusalkit.engine.jobs import MOST_WORK
+from refusalkit.metric import TextMetric
 from refusalkit.plan import Plan
+from refusalkit.stages.asking import WRITTEN
 from refusalkit.stages.compare_directions import N_FOLDS, Groups
 from refusalkit.stages.prompts import MOST_OPENERS
 from refusalkit.stages.suffixes import append
@@ -92,14 +94,29 @@ def _evaluate(plan: Plan) -> Cost:
     cases = 1 + acting * (1 + section.n_controls)
     needs = {metric.needs for metric in section.metrics}
     tokens = _tokens(plan, asked)
-    written = len(asked) * section.max_new_tokens if needs & {"completions", "losses"} else 0
-    work = cases * (2 * tokens + 2 * written)
+    written = len(asked) * section.max_new_tokens if needs & WRITTEN else 0
+    texts = sum(_text_tokens(plan, metric) for metric in plan.evaluate.metrics if isinstance(metric, TextMetric))
+    further = len(needs & {"token_kl", "written_losses", "projections"})
+    work = cases * ((2 + further) * tokens + (2 + further) * written + texts)
     vectors = cases * plan.checkpoint.d_model * _FLOAT32
     logits = len(asked) * plan.checkpoint.d_vocab * _FLOAT32 if "logits" in needs else 0
     down = cases * (written * _INT32 + logits + 5 * len(asked) * _FLOAT64)
     down += len(asked) * plan.checkpoint.n_layers * _FLOAT64
-    jobs = _jobs(work) + (1 if written else 0)
-    return Cost(jobs, jobs * _SOURCE + vectors + _PER_TOKEN * (tokens + cases * written), down)
+    # What the unmodified model writes is asked for before, and what the others have written is read after.
+    jobs = _jobs(work) + (1 if written else 0) + ("written_losses" in needs)
+    up = _PER_TOKEN * (tokens + cases * (written + texts + further * (tokens + written)))
+    return Cost(jobs, jobs * _SOURCE + vectors + up, down)
+
+
+def _text_tokens(plan: Plan, metric: TextMetric) -> float:
+    """Return how many tokens the texts of a metric have together with their prompts, from the first few of them."""
+    few = metric.texts[:16]
+    tokens = [
+        min(len(plan.template.plain(passage.text)), metric.max_tokens)
+        + (0 if passage.prompt is None else len(plan.template.tokens(passage.prompt)))
+        for passage in few
+    ]
+    return len(metric.texts) * sum(tokens) / max(1, len(few))
 
 
 def _analyze(plan: Plan) -> Cost:

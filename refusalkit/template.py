@@ -173,6 +173,22 @@ class ChatTemplate:
         """Return the token ids of a rendered instruction or conversation."""
         return self.encode(self.text(instruction))
 
+    def plain(self, text: str) -> tuple[int, ...]:
+        """Return the token ids of a text that no template goes around, with what the tokenizer puts before any text."""
+        return tuple(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def answered(self, instruction: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the token ids of a rendered instruction, and those of an answer that follows it.
+
+        They are tokenised as one text: a token that the end of the prompt and the answer share belongs to the answer.
+        """
+        prompt = self.text(instruction)
+        alone, whole = self.encode(prompt), self.encode(prompt + answer)
+        shared = 0
+        while shared < min(len(alone), len(whole)) and alone[shared] == whole[shared]:
+            shared += 1
+        return whole[:shared], whole[shared:]
+
     def around(self) -> tuple[str, str]:
         """Return the text before and after the instruction."""
         before, _, after = self.text(_PROBES[0]).partition(_PROBES[0])

@@ -20,15 +20,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 #: From the bottom up: a module imports from its own layer and from those below it. Packages count as one.
 LAYERS = (
     ("errors", "algebra", "intervals", "paired", "progress"),
-    ("adapter", "strategy", "selector", "intervention", "metric", "prompt_source", "arithmetic", "analysis"),
-    ("hookspecs", "artifacts", "store", "prompt_split", "template", "tiny"),
+    ("adapter", "strategy", "selector", "intervention", "metric", "prompt_source", "command", "arithmetic", "analysis"),
+    ("hookspecs", "artifacts", "agreement", "store", "prompt_split", "template", "tiny"),
     ("builtin",),
     ("registry",),
     ("recipe", "recipe_faults", "recipe_file", "sweep"),
     ("checkpoint",),
     ("engine",),
     ("stages", "testing", "sharing"),
-    ("plan",),
+    ("limits", "plan"),
     ("run_directory", "sweep_folder", "report"),
     ("remote_cost", "server_status"),
     ("adapter_check", "bake", "pipeline", "plugin"),

@@ -24,7 +24,7 @@ import torch
 import typer
 import yaml
 
-from refusalkit import adapter, hookspecs, intervention, metric, prompt_source, reference, selector, strategy
+from refusalkit import adapter, command, hookspecs, intervention, metric, prompt_source, reference, selector, strategy
 from refusalkit.audit.thresholds import Thresholds
 from refusalkit.cli import app
 from refusalkit.pipeline import execute
@@ -41,6 +41,7 @@ ANALYSES = sorted((ROOT / "recipes" / "analyses").glob("*.yaml"))
 COMPARE = ROOT / "recipes" / "methods" / "compare.yaml"
 METHODS = sorted(path for path in COMPARE.parent.glob("*.yaml") if path != COMPARE)
 #: Pages that are followed by tests of their own.
+JUDGES_PAGE = DOCS / "how-to" / "judge-completions.md"
 TUTORIAL, PLUGIN_PAGE = DOCS / "tutorial" / "from-zero.md", DOCS / "how-to" / "write-a-plugin.md"
 #: Those that are about finding a direction, and not about using it.
 FINDING = [path for path in METHODS if "\nfind:" in path.read_text(encoding="utf-8")]
@@ -201,7 +202,7 @@ def test_the_generated_reference_is_up_to_date() -> None:
 def test_every_hook_is_explained_with_all_it_returns_and_is_given() -> None:
     headings = set(re.findall(r"^#+ `(\w+)`", reference.pages()["hooks.md"], re.MULTILINE))
     hooks = {name for name in vars(hookspecs) if name.startswith("refusalkit_")}
-    modules = (adapter, strategy, selector, intervention, metric, prompt_source)
+    modules = (adapter, strategy, selector, intervention, metric, prompt_source, command)
     classes = {
         name
         for module in modules
@@ -224,6 +225,12 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
+def test_every_page_is_named_where_readers_start() -> None:
+    start = (DOCS / "index.md").read_text(encoding="utf-8")
+    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} - {"index.md"}
+    assert {page for page in pages if f"({page})" not in start} == set()
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
 
@@ -231,13 +238,16 @@ def test_the_readme_is_short() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_every_command_is_one(page: Path) -> None:
     group: Any = typer.main.get_command(app)
+    # A page on plugins shows a command of its own, which it runs.
+    shown = re.findall(r"Command\(\"([\w-]+)\"", page.read_text(encoding="utf-8"))
     for block in _blocks(page):
         if block.language not in ("console", "bash"):
             continue
         for line in block.text.splitlines():
             assert block.language == "bash" or line.startswith("$ refusalkit "), line
         for arguments in _commands(block):
-            _parse(group, arguments)
+            if arguments[0] not in shown:
+                _parse(group, arguments)
 
 
 def _parse(group: Any, arguments: list[str]) -> None:
@@ -250,13 +260,23 @@ def _parse(group: Any, arguments: list[str]) -> None:
         command.make_context(name, rest)
 
 
-@pytest.mark.parametrize("page", [page for page in _with("yaml") if page != PLUGIN_PAGE], ids=_name)
+@pytest.mark.parametrize("page", [p for p in _with("yaml") if p not in (PLUGIN_PAGE, JUDGES_PAGE)], ids=_name)
 def test_every_recipe_that_is_shown_validates(page: Path, registry: Registry) -> None:
     for block in _blocks(page):
         if block.title == "thresholds.yaml":
             Thresholds.model_validate(yaml.safe_load(block.text))
         elif block.language == "yaml":
             _recipe(yaml.safe_load(block.text), registry)
+
+
+def test_the_judges_that_are_shown_are_those_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "plugins" / "refusalkit-judges")
+    known = load_registry([importlib.import_module("refusalkit_judges")], entry_points=False)
+    readme = ROOT / "plugins" / "refusalkit-judges" / "README.md"
+    for page in (JUDGES_PAGE, readme):
+        (block,) = [block for block in _blocks(page) if block.language == "yaml"]
+        recipe = _recipe(yaml.safe_load(block.text), known)
+        assert {"llama_guard", "strongreject", "rubric"} <= {metric.metric for metric in recipe.evaluate.metrics}
 
 
 def _recipe(shown: Mapping[str, Any], registry: Registry) -> Recipe:

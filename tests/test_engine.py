@@ -233,8 +233,11 @@ def test_a_remote_dry_run_reads_the_same_bits() -> None:
 
     sums = both(lambda options: blocks.read_sums(engine.model, inputs, program, (-2, -1), options))
     logits = both(lambda options: blocks.last_logits(engine.model, inputs, plain, options, ((), None)))
+    kept = both(lambda options: blocks.kept_logits(engine.model, inputs, plain, {"logits_to_keep": 3, **options}))
     assert torch.equal(*sums)
     assert torch.equal(*logits)
+    assert torch.equal(*kept)
+    assert torch.equal(kept[0][:, -1], logits[0])
 
 
 def test_memory_that_runs_out_halves_the_batch_and_is_remembered() -> None:

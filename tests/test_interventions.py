@@ -325,6 +325,24 @@ def test_the_gate_stands_where_the_threshold_says_and_faces_the_side_it_is_for(e
             assert torch.equal(other.vector, -gate.vector)
 
 
+@pytest.mark.parametrize(("share", "most"), [(0.01, 0), (0.1, 4), (0.5, 20)])
+def test_a_gate_opens_for_no_more_harmless_prompts_than_it_may(engine: Engine, share: float, most: int) -> None:
+    states = torch.randn((40, engine.d_model), generator=torch.Generator().manual_seed(3))
+    direction = replace(_direction(engine), validation={2: states})
+    gate = Conditional(apply=Steer(layers=(3, 3)), false_positives=share).build(direction).gate
+    assert gate is not None
+    readings = states.double() @ gate.vector
+    assert (readings >= gate.threshold).sum() == most
+    # It turns away no more than it has to.
+    assert readings.sort(descending=True).values[most] == pytest.approx(gate.threshold, abs=1e-2)
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"when": "harmless"}])
+def test_a_gate_has_one_threshold(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="false_positives"):
+        Conditional(apply=Steer(layers=(3, 3)), false_positives=0.1, **options)
+
+
 def test_a_gate_needs_a_layer_in_which_the_two_sides_differ() -> None:
     same = torch.ones(3, 4)
     direction = Direction(torch.eye(4)[1], -1, 1, 3, harmless=same, harmful=same + torch.eye(4)[:3])
@@ -418,15 +436,15 @@ def test_strengthening_behind_a_gate_refuses_more_and_leaves_harmless_completion
     evaluation = Store(tmp_path / "run").load(Evaluation)
     assert evaluation is not None
     made = {(row.intervention, row.prompts): row for row in evaluation.generated}
-    plain, gated = (made[label, "harmful"].refused for label in ("none", "conditional(threshold=0.25)"))
+    plain, gated = (made[label, "harmful"].refused for label in ("none", "conditional(false_positives=0.01)"))
     assert plain is not None
     assert gated is not None
     answered = [after for before, after in zip(plain, gated, strict=True) if not before]
     assert len(answered) > 50, "the model answers many of them"
-    assert sum(answered) / len(answered) > 0.2
-    assert sum(gated) - sum(plain) > 15
+    assert sum(answered) > 8
+    assert sum(gated) - sum(plain) > 8
     before, after, steered = (
-        made[label, "harmless"].texts for label in ("none", "conditional(threshold=0.25)", "steer")
+        made[label, "harmless"].texts for label in ("none", "conditional(false_positives=0.01)", "steer")
     )
     assert sum(map(str.__eq__, before, after)) / len(before) >= 0.95
     assert sum(map(str.__eq__, before, steered)) / len(before) < 0.1

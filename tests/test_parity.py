@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from refusalkit.artifacts import Activations, Candidates, Choice
+from refusalkit.artifacts import Activations, Candidates, Choice, Evaluation, Unmodified
 from refusalkit.builtin.selectors import Causal
+from refusalkit.engine.load import load
 from refusalkit.errors import RunError
 from refusalkit.intervention import Intervention
 from refusalkit.pipeline import execute
@@ -23,6 +24,7 @@ from refusalkit.registry import load_registry
 from refusalkit.selector import Advance, Measure, SelectInputs, Tokens
 from refusalkit.store import Store
 
+from .plain_losses import plain_loss
 from .reference import AUTHORS, SHARED, build_reference_model, needs_shared, read_json, write_reference_recipe
 
 LAYERS = {
@@ -155,6 +157,29 @@ def _measured(folder: Path, model: Path, select: dict[str, Any], *settings: str)
 def _refusal(summary: dict[str, Any], intervention: str) -> float:
     rows = [row for row in summary["evaluation"] if (row["intervention"], row["prompts"]) == (intervention, "harmful")]
     return float(rows[0]["value"])
+
+
+@pytest.mark.slow
+def test_the_three_losses_are_those_of_a_plain_loop_on_a_real_model(model: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    registry = load_registry()
+    path = write_reference_recipe(tmp_path, model, {"selector": "fixed", "position": -1, "layer": 23})
+    few = ["evaluate.interventions=[ablate]", "evaluate.controls=0"]
+    metrics = "evaluate.metrics=[cross_entropy, text_cross_entropy, answer_cross_entropy]"
+    plan = make_plan(load_recipe(path, registry, [*few, metrics]), tmp_path, registry)
+    execute(plan, tmp_path / "run", until="evaluate")
+    store = Store(tmp_path / "run")
+    choice, unmodified, evaluation = store.load(Choice), store.load(Unmodified), store.load(Evaluation)
+    assert choice is not None
+    assert unmodified is not None
+    assert evaluation is not None
+    module, tokenizer = load(plan.checkpoint).module, plan.checkpoint.tokenizer
+    found = {(row.intervention, row.metric): row.value for row in evaluation.results}
+    for label, removed in (("none", None), ("ablate", choice.direction)):
+        expected = plain_loss(module, tokenizer, plan.evaluate, (plan.prompts.harmless["test"], unmodified), removed)
+        assert len(expected) == 3
+        for metric, value in expected.items():
+            assert abs(found[label, metric] - value) < 1e-5, (label, metric, found[label, metric], value)
 
 
 @pytest.mark.slow

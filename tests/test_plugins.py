@@ -23,7 +23,7 @@ from refusalkit.plugin.new import new_plugin
 from refusalkit.recipe import json_schema
 from refusalkit.recipe_file import load_recipe
 from refusalkit.registry import Registry, load_registry
-from refusalkit.testing import broken_laws, random_model
+from refusalkit.testing import broken_laws, check_command, random_model
 from refusalkit.testing.law_sets import law_sets
 from tests.conftest import ROOT, SMALL, install
 
@@ -111,6 +111,33 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in set(sys.modules) - known:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(folder)):
             del sys.modules[name]
+
+
+COMMANDS = '''
+from typing import Annotated
+
+import typer
+
+from refusalkit import hookimpl
+from refusalkit.command import Command
+from refusalkit.errors import InputError
+
+
+def greet(name: Annotated[str, typer.Argument(help="Who is meant.")]) -> None:
+    """Greet someone."""
+    if name == "nobody":
+        raise InputError("there is nobody", where="NAME", hint="name someone")
+    print(f"hello {name}")
+
+
+def unspoken(name: str) -> None:
+    print(name)
+
+
+@hookimpl
+def refusalkit_commands():
+    return (Command("greet", greet), Command("Not Typed", unspoken))
+'''
 
 
 @pytest.fixture
@@ -358,3 +385,43 @@ def test_pytest_refuses_a_distribution_that_is_not_there(
     done = pytest_run("--refusalkit", "refusalkit-lawles")
     assert done.returncode == 4
     assert "no plugin is called 'refusalkit-lawles'\nhint: did you mean 'lawless'?" in done.stderr
+
+
+# Commands of plugins
+
+
+@pytest.fixture
+def polite(site: Path) -> Path:
+    """Install the plugin that has commands."""
+    (site / "polite.py").write_text(COMMANDS, encoding="utf-8")
+    install(site, "refusalkit-polite", "polite")
+    return site
+
+
+def typed(site: Path, *line: str) -> subprocess.CompletedProcess[str]:
+    """Type a command where plugins are installed."""
+    environment = {key: value for key, value in os.environ.items() if key != "REFUSALKIT_PLUGINS"}
+    whole = [sys.executable, "-m", "refusalkit", *line]
+    return subprocess.run(whole, env={**environment, "PYTHONPATH": str(site)}, capture_output=True, text=True)
+
+
+def test_a_command_of_a_plugin_is_one_of_ours(polite: Path) -> None:
+    assert typed(polite, "greet", "you").stdout == "hello you\n"
+    refused = typed(polite, "greet", "nobody")
+    assert (refused.returncode, refused.stderr) == (2, "error: NAME: there is nobody\nhint: name someone\n")
+    shown = typed(polite, "--help").stdout
+    assert "Greet someone." in shown[shown.index("From refusalkit-polite 1.0") :]
+    assert "Did you mean 'greet'" in typed(polite, "gret", "you").stderr
+
+
+def test_a_plugin_cannot_take_a_name_of_ours(polite: Path) -> None:
+    (polite / "polite.py").write_text(COMMANDS.replace('"greet"', '"run"'), encoding="utf-8")
+    refused = typed(polite, "--help")
+    assert refused.returncode == 2
+    assert "refusalkit-polite 1.0: refusalkit has a command called 'run' itself" in refused.stderr
+
+
+def test_a_command_obeys_the_laws(polite: Path) -> None:
+    commands = importlib.import_module("polite").refusalkit_commands()
+    broken = [[law.name for law in check_command(command) if not law.holds] for command in commands]
+    assert broken == [[], ["its name can be typed", "its docstring says what it does"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,13 +15,16 @@ from typing import Any
 
 import pytest
 
+from refusalkit.builtin.phrases import says_no
 from refusalkit.builtin.sources import FIELDS, SOURCES
 from refusalkit.errors import InputError
+from refusalkit.prompt_source import Passage
 from refusalkit.prompt_split import SPLITS, check_leaks, normalized, split_pool, without_duplicates
 
 SIZES = {"train": 12, "validation": 5, "test": 8}
 POOL = tuple(f"Write a poem about the number {number}" for number in range(40))
 READ = {source.scheme: source.read for source in SOURCES}
+READ_ANSWERED = {source.scheme: source.read_answered for source in SOURCES if source.read_answered is not None}
 BUILTIN = ("harmful", "harmless", "over_refusal_safe", "over_refusal_unsafe")
 DATA = importlib.resources.files("refusalkit.builtin").joinpath("prompts")
 
@@ -219,6 +223,43 @@ def test_a_file_that_cannot_be_used(write: Write, address: str, content: str | b
     assert error.where == str(folder / place)
 
 
+@pytest.mark.parametrize(
+    ("address", "content"),
+    [
+        ("p.jsonl", '{"prompt": "A?", "answer": "B."}\n{"prompt": "C?", "answer": " D. "}'),
+        ("p.json", '[{"instruction": "A?", "input": "", "output": "B."}, {"instruction": "C?", "output": "D."}]'),
+        ("p.csv", "goal,target\nA?,B.\nC?,D.\n"),
+        ("p.csv#ask,say", "say,prompt,ask\nB.,x,A?\nD.,x,C?\n"),
+        ("p.csv#ask", "answer,ask\nB.,A?\nD.,C?\n"),
+        # Rows that need something else beside the prompt, or lack a part, are left out as a whole.
+        ("p.csv", "prompt,input,output\nE?,F,G.\nA?,,B.\nH?,,\n,,I.\nC?,,D.\n"),
+    ],
+)
+def test_answers_stay_with_their_prompts(write: Write, address: str, content: str) -> None:
+    path = write(address.partition("#")[0], content)
+    assert READ_ANSWERED["file"](address, path.parent) == (Passage("B.", "A?"), Passage("D.", "C?"))
+
+
+@pytest.mark.parametrize(
+    ("address", "content", "place", "message"),
+    [
+        ("p.jsonl", '{"prompt": "A?", "reply": "B."}', "p.jsonl:1", "has no field that holds an answer"),
+        ("p.jsonl#prompt,reply", '{"prompt": "A?", "answer": "B."}', "p.jsonl:1", "has no field 'reply'"),
+        ("p.txt", "A?\nB.\n", "p.txt:1", "is a text, which has no field that holds an answer"),
+        ("p.json#ask", '["A?"]', "p.json[0]", "is a text, which has no field 'ask'"),
+        ("p.json", '[{"prompt": "A?", "input": "x", "answer": "B."}]', "p.json", "holds no prompt with an answer"),
+    ],
+)
+def test_a_file_without_answers_cannot_be_used(
+    write: Write, address: str, content: str, place: str, message: str
+) -> None:
+    path = write(address.partition("#")[0], content)
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        READ_ANSWERED["file"](address, path.parent)
+    assert caught.value.where == str(path.parent / place)
+    assert caught.value.hint
+
+
 def test_a_missing_file_names_the_nearest(write: Write) -> None:
     for number in range(30):
         write(f"a{number}.txt", "First")
@@ -329,6 +370,28 @@ def test_sources_start_without_torch() -> None:
 @pytest.mark.parametrize("scheme", ["builtin", "tiny"])
 def test_a_misspelt_set_is_answered_with_the_nearest(scheme: str) -> None:
     assert refused(scheme, "harmfull").hint == "did you mean 'harmful'?"
+
+
+def test_tiny_prompts_come_with_what_the_models_were_taught() -> None:
+    for side in ("harmful", "harmless"):
+        passages = READ_ANSWERED["tiny"](side, Path())
+        assert tuple(passage.prompt for passage in passages) == READ["tiny"](side, Path())["test"]
+        assert all(says_no(passage.text) == (side == "harmful") for passage in passages)
+        assert len({passage.text for passage in passages}) > 5
+
+
+def test_the_built_in_texts_and_answers_are_plain_and_stand_once() -> None:
+    texts, answers = builtin("texts"), READ_ANSWERED["builtin"]("answers", Path())
+    assert len(set(texts)) == len(texts) >= 32
+    assert len({passage.prompt for passage in answers}) == len(answers) >= 32
+    assert {row["kind"] for row in rows("texts")} == {"encyclopaedia", "prose", "code", "other"}
+    for text in (*texts, *(passage.text for passage in answers)):
+        assert text.isascii()
+        assert text == text.strip()
+        assert not says_no(text, wide=True)
+    # What a direction is found or tested with is measured nowhere else.
+    used = {normalized(prompt) for name in BUILTIN for prompt in builtin(name)}
+    assert not used & {normalized(passage.prompt or "") for passage in answers}
 
 
 def test_tiny_sets_are_divided_and_do_not_leak() -> None:

@@ -278,6 +278,16 @@ def test_a_setting_below_a_bare_name_keeps_the_name(recipe_file: Path, registry:
     assert find.model_dump(exclude_unset=True) == {"strategy": "random", "seed": 7}
 
 
+def test_a_number_in_a_setting_counts_the_items_of_a_list(recipe_file: Path, registry: Registry) -> None:
+    listed = "evaluate.interventions=[ablate, {intervention: steer}]"
+    settings = [listed, "evaluate.interventions.1.scale=2.0", "evaluate.interventions.0.where=prompt"]
+    labels = [spec.label for spec in load_recipe(recipe_file, registry, settings).evaluate.interventions]
+    assert labels == ["ablate(where=prompt)", "steer(scale=2.0)"]
+    with pytest.raises(InputError, match=r"'2' is no place in the list evaluate\.interventions") as caught:
+        load_recipe(recipe_file, registry, [listed, "evaluate.interventions.2.scale=2.0"])
+    assert caught.value.hint == "0 to 1, in its order"
+
+
 @pytest.mark.parametrize(
     ("setting", "message", "hint"),
     [

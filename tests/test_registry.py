@@ -128,6 +128,7 @@ def test_a_misspelt_hook_is_an_error() -> None:
         ("refusalkit_metrics", [Median], "which is no subclass of Metric"),
         ("refusalkit_adapters", ["llama"], "which is no Adapter"),
         ("refusalkit_prompt_sources", [PromptSource], "which is no PromptSource"),
+        ("refusalkit_commands", [print], "which is no Command"),
     ],
 )
 def test_what_no_recipe_could_use_is_refused(hook: str, value: Any, message: str) -> None:

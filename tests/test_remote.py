@@ -28,10 +28,12 @@ from refusalkit.engine.load import load
 from refusalkit.engine.remote import RemoteEngine, connect
 from refusalkit.engine.request import (
     Capture,
+    CompletionKL,
     Completions,
     Cosines,
     Losses,
     Openings,
+    Projections,
     Readings,
     Request,
     Scores,
@@ -39,7 +41,7 @@ from refusalkit.engine.request import (
 )
 from refusalkit.engine.server import Server, chosen_host
 from refusalkit.errors import InputError, RunError
-from refusalkit.intervention import NOTHING, Direction, Edit, Gate, Intervention
+from refusalkit.intervention import NOTHING, Direction, Edit, Gate, Intervention, Place
 from refusalkit.plan import Plan
 from refusalkit.plan_text import describe
 from refusalkit.recipe import ModelSection
@@ -116,6 +118,9 @@ def requests(engine: Engine, prompts: tuple[tuple[int, ...], ...]) -> list[Reque
         Losses(prompts, [(4, 5, 6), (7,), (8, 9), (4,), (5, 6)], steer),
         Losses(prompts, [(4, 5, 6), (7,), (8, 9), (4,), (5, 6)], gated),
         Cosines(prompts, vector, -1),
+        CompletionKL(prompts, [(4, 5, 6), (7,), (), (4,), (5, 6)], [NOTHING, ablate, steer, gated]),
+        Projections(prompts, [NOTHING, ablate, steer, gated], vector, Place("resid_pre", 3, -1)),
+        Projections(prompts, [NOTHING, ablate], vector, Place("mlp_out", 5, -2)),
     ]
 
 
@@ -174,6 +179,7 @@ def test_only_the_work_and_what_it_names_travels(registry: Registry, tmp_path: P
     work.submit(engine.jobs.model, backend, [(call.task, call.items, call.fixed) for call in calls])
     assert b"def capture_sums" in backend.blob
     assert b"def refusal_score" in backend.blob
+    assert b"def kl_along" in backend.blob
     # A module would bring its loader along, and with it whatever that holds.
     for ours in (
         b"def orthogonalize",
@@ -195,6 +201,8 @@ def requests_without_logits() -> list[Request]:
         Capture(prompts, (-1,)),
         Scores(prompts, [steer], Measure("refusal_score", (5,))),
         Completions(prompts, steer, 4),
+        CompletionKL(prompts, [(8,), (9, 10)], [steer]),
+        Projections(prompts, [steer], torch.ones(128), Place("resid_pre", 3, -1)),
     ]
 
 

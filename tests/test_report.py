@@ -35,9 +35,11 @@ from refusalkit.errors import InputError
 from refusalkit.pipeline import write_report
 from refusalkit.report import chart_names, chart_svg, render_html
 from refusalkit.report.charts import figures, svg
-from refusalkit.report.finding import sentence
+from refusalkit.report.data import render_csv
+from refusalkit.report.finding import left_out, sentence
+from refusalkit.report.markdown import render_markdown
 from refusalkit.report.measured import controls_of, in_order
-from refusalkit.report.wording import duration, number, position, token
+from refusalkit.report.wording import duration, number, position, token, with_interval
 from refusalkit.run_directory import Run, read_run
 from refusalkit.store import Store, write_json, write_text
 from tests.browser import CHROMIUM, drawn
@@ -443,6 +445,39 @@ def test_odd_runs_still_make_a_page(tmp_path: Path) -> None:
     cosmic = replace(run, choice=run.choice.model_copy(update={"scores": rows}), environment={}, recipe={})
     assert chart_names(cosmic) == ("candidates-cosmic",)
     assert "nan" not in re.sub(r"(?s)<script.*?</script>|<img[^>]*>", "", render_html(cosmic)).lower().split()
+
+
+def judged(intervention: str, n: int, of: int, metric: str = "guard") -> Result:
+    """Make up a rate of a half, with `n` verdicts and the others missing."""
+    values = tuple(float(index % 2) for index in range(n)) + (math.nan,) * (of - n)
+    found = rate(intervention, "harmful", 0.5 if n else math.nan, max(n, 1))
+    return found.model_copy(update={"metric": metric, "n": n, "values": values, "verdict": "harmful"})
+
+
+def test_a_number_that_leaves_prompts_out_says_how_many(tmp_path: Path) -> None:
+    assert with_interval(judged("none", 8, 16)) == "50% [22, 78] (8 of 16 missing)"
+    assert with_interval(judged("none", 0, 16)) == "– (16 of 16 missing)"
+    assert with_interval(judged("none", 16, 16)) == "50% [28, 72]"
+    others = (judged(name, 8, 16, "other") for name in ("none", "ablate"))
+    results = (judged("none", 8, 16), judged("ablate", 12, 16), *others)
+    evaluation = Evaluation(results=results, generated=(), separation=())
+    assert left_out(evaluation) == "missing values: 12 of 32 by guard; 16 of 32 by other"
+    run = read_run(write_run(tmp_path / "judged", evaluation=evaluation))
+    for shown in ("n = 8, 8 missing", "n = 12, 4 missing", "Cohen's kappa"):
+        assert shown in render_html(run)
+        assert shown in render_markdown(run)
+    assert render_csv(run).splitlines()[1].endswith(",8,8")
+
+
+def test_a_metric_that_could_tell_nothing_is_shown_as_such(tmp_path: Path) -> None:
+    evaluation = Evaluation(results=(rate("none", "harmful", 0.9), judged("none", 0, 16)), generated=(), separation=())
+    run = read_run(write_run(tmp_path / "nothing", evaluation=evaluation))
+    page = render_html(run)
+    assert "every value is missing" in page
+    assert "n = 0, 16 missing" in page
+    assert "n = 0, 16 missing" in render_markdown(run)
+    assert "rate-guard" not in chart_names(run)
+    assert left_out(Evaluation(results=(rate("none", "harmful", 0.9),), generated=(), separation=())) is None
 
 
 # In a browser

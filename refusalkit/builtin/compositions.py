@@ -40,8 +40,21 @@ class Conditional(InterventionSpec):
     """The prompts that it opens for: those on this side of the threshold."""
     threshold: float = 0.5
     """Where the gate stands along the direction: 0 is the mean of harmless training prompts, 1 that of harmful ones."""
+    false_positives: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """In place of `threshold`: the share of harmless validation prompts that the gate may open for. It stands above the
+    readings of all others."""
     layer: Ordinal | None = None
     """The layer in which the gate is read; null is the one the direction was found in."""
+
+    @model_validator(mode="after")
+    def _has_one_threshold(self) -> Conditional:
+        if self.false_positives is None:
+            return self
+        if "threshold" in self.model_fields_set:
+            raise ValueError("`threshold` and `false_positives` both say where the gate stands: keep one of them")
+        if self.when == "harmless":
+            raise ValueError("`false_positives` counts harmless prompts, for which this gate is meant to open")
+        return self
 
     @model_validator(mode="after")
     def _can_wait(self) -> Conditional:
@@ -61,6 +74,10 @@ class Conditional(InterventionSpec):
     @property
     def gated(self) -> bool:
         return True
+
+    def calibrated_in(self, layer: int) -> frozenset[int]:
+        own = () if self.false_positives is None else (layer if self.layer is None else self.layer,)
+        return super().calibrated_in(layer).union(own)
 
     def check(self, n_layers: int) -> None:
         super().check(n_layers)
@@ -97,9 +114,19 @@ class Conditional(InterventionSpec):
                 where=_where(self),
                 hint="read the gate in a later `layer`: layer 0 sees the template's token alone",
             )
-        threshold = torch.lerp(harmless @ along, harmful @ along, self.threshold).item()
+        if self.false_positives is None:
+            threshold = torch.lerp(harmless @ along, harmful @ along, self.threshold).item()
+        else:
+            threshold = self._calibrated(direction.validation[layer].double() @ along, (harmful - harmless) @ along)
         sign = 1.0 if self.when == "harmful" else -1.0
         return Gate(direction.site, layer, direction.position, sign * along, sign * threshold)
+
+    def _calibrated(self, readings: Tensor, span: Tensor) -> float:
+        """Return a threshold that the gate opens at for the allowed share of harmless `readings` [prompt]."""
+        assert self.false_positives is not None
+        allowed = int(self.false_positives * len(readings))
+        # A hair above, so that rounding does not open the gate for the first one that it must turn away.
+        return float(readings.sort(descending=True).values[allowed] + 1e-4 * span.abs())
 
 
 def _along(direction: Direction, difference: Tensor) -> Tensor:

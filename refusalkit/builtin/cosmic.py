@@ -45,12 +45,16 @@ class Cosmic(Selector):
     """Share of the last layers whose candidates are never chosen."""
     compared: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of the layers in which states are compared, at least one layer."""
+    drop_late: bool = False
+    """Drop, as the authors do, the last position's candidates behind the layers in which other positions score best.
+    A model whose refusal direction shows at the last position alone loses all of them that way."""
 
     def select(self, inputs: SelectInputs, subject: Subject) -> Selection:
         everything = candidates_of(inputs)
         fell = dropped(everything, inputs, self.prune_last)
         found = _similarities(everything, fell, inputs, subject, self._layers(inputs, subject))
-        fell |= {candidate: LATE for candidate in _late(found) if candidate not in fell}
+        if self.drop_late:
+            fell |= {candidate: LATE for candidate in _late(found) if candidate not in fell}
         kl = self._kl(everything, fell, inputs, subject)
         fell |= {
             candidate: f"KL above {self.max_kl_nats:g} nats" for candidate in kl if kl[candidate] > self.max_kl_nats

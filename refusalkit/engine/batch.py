@@ -92,6 +92,16 @@ def batch(prompts: Sequence[Tokens], indices: Sequence[int], prefix: int, pad_id
     return Batch(tuple(indices), input_ids, mask, positions)
 
 
+def targets(group: Batch, counts: Tensor) -> tuple[int, tuple[Tensor, Tensor]]:
+    """Say which of a batch's last tokens are those that each prompt ends with; `counts` [all prompts] says how many.
+
+    Returns how many columns that takes, with one before the first, and their (token_ids, mask) [prompt, column].
+    """
+    lengths = counts[list(group.indices), None]
+    width = int(lengths.max()) + 1
+    return width, (group.input_ids[:, -width:], torch.arange(width, 0, -1)[None] <= lengths)
+
+
 def check_lengths(prompts: Sequence[Tokens], positions: Sequence[int]) -> None:
     """Raise `RunError` for a prompt shorter than the deepest position."""
     deepest = -min(positions)

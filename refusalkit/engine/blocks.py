@@ -59,6 +59,15 @@ def last_logits(
     return logits  # type: ignore[no-any-return]
 
 
+def kept_logits(model: Any, inputs: Inputs, program: Program, options: Mapping[str, Any]) -> Tensor:
+    """Return all logits [row, position, d_vocab] that the options have the model keep, under `program`."""
+    prompts = len(inputs["input_ids"])
+    with torch.no_grad(), model.trace(inputs, **options):
+        list(walk(model, program, (prompts, 0, [])))
+        logits = nnsight.save(model.output.logits)
+    return logits  # type: ignore[no-any-return]
+
+
 def read(
     model: Any, inputs: Inputs, program: Program, positions: Sequence[int] | None, options: Mapping[str, Any]
 ) -> list[Tensor]:

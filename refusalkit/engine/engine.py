@@ -21,7 +21,17 @@ from torch import Tensor
 from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.engine import attribution, blocks, weights
-from refusalkit.engine.batch import Batch, Tokens, batch, check_lengths, chunks, halved, prefix_inputs, shared_prefix
+from refusalkit.engine.batch import (
+    Batch,
+    Tokens,
+    batch,
+    check_lengths,
+    chunks,
+    halved,
+    prefix_inputs,
+    shared_prefix,
+)
+from refusalkit.engine.beside import completion_kl, losses, projections
 from refusalkit.engine.layout import layout_of
 from refusalkit.engine.lower import Pack, counted_from, lower, packs
 from refusalkit.engine.memory import out_of_memory
@@ -191,6 +201,9 @@ class Engine:
         return values
 
     mean_states = mean_states
+    losses = losses
+    completion_kl = completion_kl
+    projections = projections
 
     def _pack_by_parts(
         self,
@@ -358,27 +371,6 @@ class Engine:
 
         self._over(prompts, run, advance=advance)
         return [found[index] for index in range(len(prompts))]
-
-    def losses(
-        self, prompts: Sequence[Tokens], completions: Sequence[Tokens], intervention: Intervention | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the summed cross-entropy [prompt], in nats, of given completions, and their lengths [prompt]."""
-        counts = torch.tensor([len(completion) for completion in completions])
-        losses = torch.zeros(len(prompts), dtype=torch.float64)
-        whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-
-        def run(group: Batch, _: dict[str, Any]) -> None:
-            rows = list(group.indices)
-            width = int(counts[rows].max()) + 1
-            targets = (group.input_ids[:, -width:], torch.arange(width, 0, -1)[None] <= counts[rows, None])
-            program = lower([intervention or NOTHING], self.layout, len(rows), self.device)
-            program = counted_from(program, counts[rows, None].to(self.device))
-            options = {"logits_to_keep": width, "use_cache": False}
-            losses[rows] = blocks.completion_losses(self.model, group.repeated(1), program, targets, options).cpu()
-            self.prompt_passes += sum(len(whole[index]) / len(prompts[index]) for index in rows)
-
-        self._over(whole, run)
-        return losses, counts
 
     @contextmanager
     def edited_weights(self, basis: Tensor, keep_norms: bool = False) -> Iterator[weights.Edited]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from refusalkit import algebra
 from refusalkit.checkpoint import Checkpoint
 from refusalkit.engine import work
-from refusalkit.engine.batch import Batch, Tokens, batch, check_lengths, chunks
+from refusalkit.engine.batch import Batch, Tokens, batch, check_lengths, chunks, targets
 from refusalkit.engine.engine import DEFAULT_BATCH_SIZE, Samples
 from refusalkit.engine.jobs import Call, Jobs
 from refusalkit.engine.layout import layout_of
@@ -26,11 +26,13 @@ from refusalkit.engine.ledger import Ledger
 from refusalkit.engine.lower import Program, counted_from, lower
 from refusalkit.engine.request import (
     Capture,
+    CompletionKL,
     Completions,
     Cosines,
     Losses,
     Opened,
     Openings,
+    Projections,
     Reading,
     Readings,
     Request,
@@ -180,23 +182,19 @@ class RemoteEngine:
 
     def question(self, request: Request) -> Question:
         """Return a request as a task, and what to make of its answer."""
-        match request:
-            case Capture():
-                return self._capture(request)
-            case Scores():
-                return self._scores(request)
-            case States():
-                return self._states(request)
-            case Openings():
-                return self._openings(request)
-            case Readings():
-                return self._readings(request)
-            case Completions():
-                return self._completions(request)
-            case Losses():
-                return self._losses(request)
-            case Cosines():
-                return self._cosines(request)
+        makers: dict[type[Request], Callable[[Any], Question]] = {
+            Capture: self._capture,
+            Scores: self._scores,
+            States: self._states,
+            Openings: self._openings,
+            Readings: self._readings,
+            Completions: self._completions,
+            Losses: self._losses,
+            Cosines: self._cosines,
+            CompletionKL: self._completion_kl,
+            Projections: self._projections,
+        }
+        return makers[type(request)](request)
 
     def _capture(self, request: Capture) -> Question:
         check_lengths(request.prompts, request.positions)
@@ -304,11 +302,9 @@ class RemoteEngine:
         program = self._program(request.intervention)
         items = []
         for group in groups:
-            lengths = counts[list(group.indices), None]
-            width = int(lengths.max()) + 1
-            mask = torch.arange(width, 0, -1)[None] <= lengths
-            counted = counted_from(program, lengths)
-            items.append((group.repeated(1), counted, (group.input_ids[:, -width:], mask), width))
+            width, ends = targets(group, counts)
+            counted = counted_from(program, counts[list(group.indices), None])
+            items.append((group.repeated(1), counted, ends, width))
         call = Call(work.losses, tuple(items), (), _per_batch(groups))
         return call, lambda found: (_in_order(groups, found), counts)
 
@@ -318,6 +314,31 @@ class RemoteEngine:
         fixed = (self._reads(request.site), request.position, algebra.unit(request.direction.float()).cpu())
         call = Call(work.cosines, _inputs(groups), fixed, _per_batch(groups))
         return call, lambda found: _in_order(groups, found)
+
+    def _completion_kl(self, request: CompletionKL) -> Question:
+        counts = torch.tensor([len(completion) for completion in request.completions])
+        whole = [prompt + made for prompt, made in zip(request.prompts, request.completions, strict=True)]
+        groups = self._batches(whole)
+        programs = [self._program(intervention) for intervention in request.interventions]
+        self.prompt_passes += len(programs) * len(whole)
+        items = []
+        for group in groups:
+            width, (_, mask) = targets(group, counts)
+            counted = tuple(counted_from(program, counts[list(group.indices), None]) for program in programs)
+            items.append((group.repeated(1), counted, mask, width))
+        call = Call(work.completion_kl, tuple(items), (), _per_batch(groups) * (1 + len(programs)))
+        return call, lambda found: (_in_order(groups, found).T, counts)
+
+    def _projections(self, request: Projections) -> Question:
+        place = request.place
+        check_lengths(request.prompts, (place.position,))
+        groups = self._batches(request.prompts)
+        reads: list[tuple[Site, int]] = [(place.site, place.layer)]
+        programs = tuple(lower([each], self.layout, 1, CPU, reads) for each in request.interventions)
+        self.prompt_passes += (len(programs) - 1) * len(request.prompts)
+        fixed = (_inputs(groups), place.position, algebra.unit(request.direction.double()).cpu())
+        call = Call(work.projections, programs, fixed, _per_batch(groups) * len(groups))
+        return call, lambda found: torch.stack([_in_order(groups, [values]) for values in found])
 
     # -- batches and programs ----------------------------------------------------------------------------------
 

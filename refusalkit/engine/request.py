@@ -16,7 +16,7 @@ from torch import Tensor
 from refusalkit import algebra
 from refusalkit.engine.batch import Tokens
 from refusalkit.engine.work import of_openers
-from refusalkit.intervention import Intervention, Site
+from refusalkit.intervention import Intervention, Place, Site
 from refusalkit.selector import Advance, Measure
 
 if TYPE_CHECKING:
@@ -134,7 +134,30 @@ class Cosines:
     site: Site = "resid_pre"
 
 
-Request = Capture | Scores | States | Openings | Readings | Completions | Losses | Cosines
+@dataclass(frozen=True, eq=False)
+class CompletionKL:
+    """Sum KL(unmodified || modified) along given completions.
+
+    Answered by (sums [intervention, prompt] float64 in nats, lengths [prompt]).
+    """
+
+    prompts: Sequence[Tokens]
+    completions: Sequence[Tokens]
+    interventions: Sequence[Intervention]
+
+
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """Measure the component at one place along a direction, behind the edits; answered by [intervention, prompt]."""
+
+    prompts: Sequence[Tokens]
+    interventions: Sequence[Intervention]
+    direction: Tensor
+    """[d_model]"""
+    place: Place
+
+
+Request = Capture | Scores | States | Openings | Readings | Completions | Losses | Cosines | CompletionKL | Projections
 
 
 def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
@@ -154,10 +177,18 @@ def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:
             return engine.generate(prompts, intervention, max_new_tokens, advance)
         case Losses(prompts, completions, intervention):
             return engine.losses(prompts, completions, intervention)
-        case Cosines(prompts, direction, position, site):
-            found = engine.capture(prompts, (position,), site, keep_samples=True, advance=advance)
-            assert found.samples is not None
-            return (algebra.unit(found.samples[:, 0]) @ algebra.unit(direction).cpu()).double()
+        case CompletionKL(prompts, completions, interventions):
+            return engine.completion_kl(prompts, completions, interventions)
+        case Cosines() | Projections():
+            return _along(engine, request, advance)
+
+
+def _along(engine: Engine, request: Cosines | Projections, advance: Advance | None) -> Tensor:
+    if isinstance(request, Projections):
+        return engine.projections(request.prompts, request.interventions, request.direction, request.place, advance)
+    found = engine.capture(request.prompts, (request.position,), request.site, keep_samples=True, advance=advance)
+    assert found.samples is not None
+    return (algebra.unit(found.samples[:, 0]) @ algebra.unit(request.direction).cpu()).double()
 
 
 def _readings(engine: Engine, request: Readings) -> list[Reading]:

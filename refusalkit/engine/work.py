@@ -16,12 +16,13 @@ import nnsight
 import torch
 from torch import Tensor
 
-from refusalkit.algebra import kl_nats, refusal_score, unit
+from refusalkit.algebra import kl_along, kl_nats, refusal_score, unit
 from refusalkit.engine.blocks import (
     Inputs,
     completion_losses,
     generate,
     generate_plainly,
+    kept_logits,
     last_logits,
     read,
     read_sums,
@@ -192,3 +193,30 @@ def losses(model: Any, batches: Sequence[tuple[Inputs, Program, tuple[Tensor, Te
         completion_losses(model, inputs, program, targets, {"logits_to_keep": width, "use_cache": False}).cpu()
         for inputs, program, targets, width in batches
     ]
+
+
+def completion_kl(model: Any, batches: Sequence[tuple[Inputs, Sequence[Program], Tensor, int]]) -> list[Tensor]:
+    """Return for every batch the KL from the unmodified model, summed over the marked tokens: [row, program] float64.
+
+    A batch comes with its programs, whose steps count from each prompt's end, and the mask [row, width].
+    """
+    found = []
+    for inputs, programs, mask, width in batches:
+        options = {"logits_to_keep": width, "use_cache": False}
+        reference = kept_logits(model, inputs, (), options)
+        columns = [
+            kl_along(reference, kept_logits(model, inputs, program, options), mask).cpu() for program in programs
+        ]
+        found.append(torch.stack(columns, 1))
+    return found
+
+
+def projections(
+    model: Any, programs: Sequence[Program], batches: Sequence[Inputs], position: int, direction: Tensor
+) -> list[Tensor]:
+    """Return for every program the component along the unit `direction` of what it keeps at `position`: [prompt]."""
+    found = []
+    for program in programs:
+        states = [read(model, inputs, program, (position,), WHOLE)[0][:, 0].cpu().double() for inputs in batches]
+        found.append(torch.cat(states) @ direction)
+    return found

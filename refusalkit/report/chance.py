@@ -54,7 +54,7 @@ def _rows(changes: Iterable[Change]) -> tuple[ChangeRow, ...]:
 
 def _power(evaluation: Evaluation) -> Iterator[str]:
     """Say of every side how small a difference of rates its number of prompts can show."""
-    counts = {row.prompts: row.n for row in reversed(evaluation.results) if row.kind == "rate"}
+    counts = {row.prompts: row.n for row in reversed(evaluation.results) if row.kind == "rate" and row.n}
     for n in sorted(set(counts.values())):
         named = " and ".join(side_name(side) for side in SIDES if counts.get(side) == n)
         least, likely = detectable(n)

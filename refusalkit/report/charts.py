@@ -184,7 +184,7 @@ def _separation_chart(rows: Sequence[dict[str, Any]], chosen: int) -> alt.LayerC
 
 def words(metric: str) -> str:
     """Write a metric's name as words; short names are abbreviations."""
-    return metric.upper() if len(metric) <= 2 else metric.replace("_", " ")
+    return metric.upper() if len(metric) <= 2 else metric.replace("_", " ").replace("(", " (")
 
 
 def file_name(*parts: str) -> str:

@@ -12,7 +12,15 @@ from refusalkit.report.charts import file_name, words
 from refusalkit.report.comparison import Comparison, Entry, alignment, differing
 from refusalkit.report.figure import Figure
 from refusalkit.report.intervals import chart
-from refusalkit.report.measured import BASELINE, control_mark, controls_of, costs_first, interventions, metrics
+from refusalkit.report.measured import (
+    BASELINE,
+    control_mark,
+    controls_of,
+    costs_first,
+    interventions,
+    metrics,
+    without_number,
+)
 from refusalkit.report.page import placed, render
 from refusalkit.report.tables import Table, by_intervention, change_row
 from refusalkit.report.wording import NOTHING_TO_SHOW, count, duration, number, with_interval
@@ -139,7 +147,7 @@ def _section(comparison: Comparison, label: str) -> dict[str, Any]:
     )
     means = costs_first(metrics(renamed, "mean"))
     shown = [*metrics(renamed, "rate"), *means]
-    table = _marked(by_intervention(renamed, shown), comparison, label)
+    table = _marked(by_intervention(renamed, [*shown, *without_number(renamed)]), comparison, label)
     figures = [_figure(renamed.results, metric, label) for metric in shown]
     return {"label": label, "figures": [placed(figure) for figure in figures], "table": table}
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from refusalkit.artifacts import Result
 from refusalkit.metric import Side
 from refusalkit.report.comparison import Comparison
 from refusalkit.report.measured import BASELINE, costs_first, sides
-from refusalkit.report.wording import count, with_interval
+from refusalkit.report.wording import count, with_interval, without_count
 
 WIDTH = 80
 #: Names are cut to no less than this.
@@ -27,29 +27,30 @@ def text(comparison: Comparison) -> str:
 
 def _table(comparison: Comparison, metric: str) -> Iterator[str]:
     results = [row for row in comparison.results if row.metric == metric]
-    counts = {row.n for row in results}
-    n = f", {count(counts.pop(), 'prompt')} a side" if len(counts) == 1 else ""
-    yield f"{metric}, {results[0].unit}, [95% interval]{n}"
-    yield from _aligned(list(_rows(comparison, metric, sides(results, metric))))
+    counts = {(row.n, row.missing) for row in results}
+    n, missing = counts.pop() if len(counts) == 1 else (None, 0)
+    said = "" if n is None else f", {n} a side, {missing} missing" if missing else f", {count(n, 'prompt')} a side"
+    yield f"{metric}, {results[0].unit}, [95% interval]{said}"
+    write = with_interval if n is None else without_count
+    yield from _aligned(list(_rows(comparison, metric, sides(results, metric), write)))
 
 
-def _rows(comparison: Comparison, metric: str, shown: Sequence[Side]) -> Iterator[Row]:
+def _rows(
+    comparison: Comparison, metric: str, shown: Sequence[Side], write: Callable[[Result | None], str]
+) -> Iterator[Row]:
     yield ("run", "under", *shown)
     for model, entry in comparison.unmodified:
         before = [entry.result(BASELINE, side, metric) for side in shown]
         if any(before):
-            yield (model, "nothing", *map(with_interval, before))
+            yield (model, "nothing", *map(write, before))
     for entry in comparison.entries:
         run = entry.label
         for label in comparison.labels:
             cells = [entry.result(label, side, metric) for side in shown]
             if any(cells):
-                yield (run, label, *(_cell(comparison, entry.label, result) for result in cells))
+                marks = [comparison.marks(entry.label, result) if result else "" for result in cells]
+                yield (run, label, *(f"{write(one)} {mark}".rstrip() for one, mark in zip(cells, marks, strict=True)))
                 run = ""
-
-
-def _cell(comparison: Comparison, run: str, result: Result | None) -> str:
-    return f"{with_interval(result)} {comparison.marks(run, result) if result else ''}".rstrip()
 
 
 def _aligned(rows: Sequence[Row]) -> Iterator[str]:

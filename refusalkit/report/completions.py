@@ -23,7 +23,7 @@ class Completion:
     intervention: str
     control: bool
     verdict: str | None
-    """`refused` or `not refused`; None where no metric judged the text."""
+    """`refused`, `not refused` or `missing`; None where no metric judged the text."""
     words: str
     text: str | None
     """None where it is redacted."""
@@ -68,7 +68,12 @@ def examples(run: Run, side: Side, *, show_completions: bool) -> Examples | None
     return Examples(side, labels, tuple(chosen), len(prompts), redacted)
 
 
-def _completion(label: str, text: str, refused: tuple[bool, ...] | None, index: int, redacted: bool) -> Completion:
-    verdict = None if refused is None else "refused" if refused[index] else "not refused"
+_VERDICTS = {True: "refused", False: "not refused", None: "missing"}
+
+
+def _completion(
+    label: str, text: str, refused: tuple[bool | None, ...] | None, index: int, redacted: bool
+) -> Completion:
+    verdict = None if refused is None else _VERDICTS[refused[index]]
     words = count(len(text.split()), "word")
     return Completion(label, is_control(label), verdict, words, None if redacted else text)

@@ -15,7 +15,7 @@ from refusalkit.report.changes import Change, effects
 from refusalkit.report.finding import sentence
 from refusalkit.run_directory import Run
 
-COLUMNS = ("intervention", "prompts", "metric", "unit", "kind", "value", "low", "high", "n")
+COLUMNS = ("intervention", "prompts", "metric", "unit", "kind", "value", "low", "high", "n", "missing")
 
 
 def render_json(run: Run, *, show_completions: bool = False) -> str:
@@ -44,7 +44,8 @@ def render_csv(run: Run) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_plain(run.evaluation.results))
+    results = run.evaluation.results
+    writer.writerows({**row, "missing": one.missing} for row, one in zip(_plain(results), results, strict=True))
     return out.getvalue()
 
 

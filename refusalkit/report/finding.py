@@ -116,6 +116,19 @@ def sentence(choice: Choice, evaluation: Evaluation, *, repairs: bool = False) -
     return f"{subject} {_verdict(effects)}: {'; '.join(clauses)}.{missing}"
 
 
+def left_out(evaluation: Evaluation) -> str | None:
+    """Say how many values are missing, by metric; None where none is."""
+    counts: dict[str, tuple[int, int]] = {}
+    for row in evaluation.results:
+        missing, of = counts.get(row.metric, (0, 0))
+        counts[row.metric] = (missing + row.missing, of + len(row.values))
+    groups: dict[tuple[int, int], list[str]] = {}
+    for metric, found in counts.items():
+        groups.setdefault(found, []).append(metric)
+    said = [f"{missing} of {of} by {', '.join(names)}" for (missing, of), names in groups.items() if missing]
+    return f"missing values: {'; '.join(said)}" if said else None
+
+
 def _repair(choice: Choice, evaluation: Evaluation) -> str:
     """Say what removing the direction does to over-refusal, and whether true refusals stay."""
     subject = f"{_thing(choice)} at layer {choice.layer}, position {choice.position}"

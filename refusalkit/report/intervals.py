@@ -11,7 +11,7 @@ import altair as alt
 
 from refusalkit.artifacts import Result
 from refusalkit.metric import SIDES
-from refusalkit.report.measured import COSTS, in_order, is_control, sides
+from refusalkit.report.measured import in_order, is_control, is_cost, sides
 from refusalkit.report.theme import SHAPES
 from refusalkit.report.wording import lines, side_name, with_interval
 
@@ -48,7 +48,7 @@ def chart(
     if rate:
         across = across.scale(domain=[0, 1]).axis(format="%", values=[0, 0.25, 0.5, 0.75, 1], labelFlush=False)
     else:
-        across = across.scale(zero=metric in COSTS).axis(tickCount=5, labelFlush=False)
+        across = across.scale(zero=is_cost(metric)).axis(tickCount=5, labelFlush=False)
     interval = base.mark_rule(strokeWidth=2, strokeCap="round").encode(x=alt.X("low:Q").title(unit), x2="high:Q")
     dot = base.mark_point(filled=True, size=80).encode(
         x=across,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from refusalkit.agreement import agreements
 from refusalkit.report import tables
 from refusalkit.report.analyses import parts
 from refusalkit.report.chance import chance
 from refusalkit.report.finding import sentence
-from refusalkit.report.measured import costs_first, metrics
+from refusalkit.report.measured import costs_first, metrics, without_number
 from refusalkit.report.provenance import provenance
-from refusalkit.report.tables import ChangeRow, Table
+from refusalkit.report.tables import AgreementRow, ChangeRow, Table
 from refusalkit.report.wording import side_name
 from refusalkit.run_directory import Run
 
@@ -29,6 +30,10 @@ def _lines(run: Run) -> Iterator[str]:
         if names := costs_first(metrics(evaluation, kind)):
             yield from (f"## {title} over held-out requests", "")
             yield from (*_results(tables.by_intervention(evaluation, names)), "")
+    if names := without_number(evaluation):
+        yield from ("## Every value is missing", "", *_results(tables.by_intervention(evaluation, names)), "")
+    if agreed := tables.agreement_rows(agreements(evaluation.results)):
+        yield from ("## How far verdicts on the same completions agree", "", *_agreement(agreed), "")
     tested = chance(run.folder.name, evaluation)
     if changes := (*tested.rates, *tested.others):
         yield from ("## Could chance have done it?", "", *_changes(changes), "", *tested.power, "")
@@ -49,14 +54,19 @@ def _lines(run: Run) -> Iterator[str]:
 
 def _results(table: Table) -> Iterator[str]:
     heads = [
-        f"{column.metric}, {side_name(column.side)}, {column.unit}" + (f", n = {column.n}" if column.n else "")
+        ", ".join(filter(None, (column.metric, side_name(column.side), column.unit, column.counted)))
         for column in table.columns
     ]
     rows = [
-        (row.label, *(cell.text + (f", n = {cell.n}" if cell.n is not None else "") for cell in row.cells))
-        for row in table.rows
+        (row.label, *(", ".join(filter(None, (cell.text, cell.counted))) for cell in row.cells)) for row in table.rows
     ]
     return _table(("intervention", *heads), rows, numbers=len(heads))
+
+
+def _agreement(agreed: Iterable[AgreementRow]) -> Iterator[str]:
+    heads = ("verdicts", "requests", "completions", "agree on", "Cohen's kappa")
+    rows = [(" and ".join(row.metrics), row.side, str(row.n), row.share, row.kappa) for row in agreed]
+    return _table(heads, rows, numbers=3)
 
 
 def _changes(changes: Iterable[ChangeRow]) -> Iterator[str]:

@@ -11,7 +11,15 @@ from refusalkit.metric import SIDES, Side
 
 BASELINE = "none"
 #: Metrics that say what an intervention breaks.
-COSTS = ("kl", "cross_entropy", "perplexity")
+COSTS = (
+    "kl",
+    "token_kl",
+    "cross_entropy",
+    "text_cross_entropy",
+    "answer_cross_entropy",
+    "perplexity",
+    "repetition",
+)
 _CONTROL = re.compile(r"_random(?:[_#]?\d+)?|_shuffled")
 
 
@@ -57,9 +65,20 @@ def metrics(evaluation: Evaluation, kind: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def is_cost(metric: str) -> bool:
+    """Tell whether a metric, its options aside, says what an intervention breaks; none of these is below zero."""
+    return metric.partition("(")[0] in COSTS
+
+
+def without_number(evaluation: Evaluation) -> tuple[str, ...]:
+    """Return the names of the metrics whose values are all missing."""
+    shown = {row.metric for row in evaluation.results if math.isfinite(row.value)}
+    return tuple(dict.fromkeys(row.metric for row in evaluation.results if row.missing and row.metric not in shown))
+
+
 def costs_first(names: Iterable[str]) -> tuple[str, ...]:
     """Put the metrics that say what an intervention breaks before the others."""
-    return tuple(sorted(names, key=lambda name: name not in COSTS))
+    return tuple(sorted(names, key=lambda name: not is_cost(name)))
 
 
 def find(results: Sequence[Result], intervention: str, side: Side, metric: str) -> Result | None:
@@ -71,6 +90,6 @@ def find(results: Sequence[Result], intervention: str, side: Side, metric: str) 
 
 
 def sides(results: Iterable[Result], metric: str) -> tuple[Side, ...]:
-    """Return the sides on which a metric was taken."""
-    seen = {row.prompts for row in results if row.metric == metric and math.isfinite(row.value)}
+    """Return the sides on which a metric was taken, those included where every value is missing."""
+    seen = {row.prompts for row in results if row.metric == metric and (math.isfinite(row.value) or row.missing)}
     return tuple(side for side in SIDES if side in seen)

@@ -12,6 +12,7 @@ import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from refusalkit.agreement import agreements
 from refusalkit.report import tables
 from refusalkit.report.analyses import parts
 from refusalkit.report.chance import chance
@@ -20,7 +21,7 @@ from refusalkit.report.completions import examples
 from refusalkit.report.figure import Figure
 from refusalkit.report.finding import sentence
 from refusalkit.report.heat_map import BASELINE_STRATEGY
-from refusalkit.report.measured import costs_first, interventions, is_control, metrics
+from refusalkit.report.measured import costs_first, interventions, is_control, metrics, without_number
 from refusalkit.report.provenance import provenance
 from refusalkit.report.theme import config
 from refusalkit.report.wording import count, number, token
@@ -48,10 +49,13 @@ def render_html(run: Run, *, show_completions: bool = False) -> str:
     )
 
 
-def render(template: str, **values: Any) -> str:
-    """Fill one of the templates, with the style and the scripts that every page carries in itself."""
+def render(template: str, *, package: str = "refusalkit.report", **values: Any) -> str:
+    """Fill a template, with the style and the scripts that every page carries in itself.
+
+    One of another `package` can extend and import ours.
+    """
     environment = Environment(
-        loader=FunctionLoader(_packaged),
+        loader=FunctionLoader(lambda name: _packaged(name, package if name == template else "refusalkit.report")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -66,8 +70,8 @@ def render(template: str, **values: Any) -> str:
     )
 
 
-def _packaged(name: str) -> str:
-    return resources.files("refusalkit.report").joinpath(name).read_text(encoding="utf-8")
+def _packaged(name: str, package: str = "refusalkit.report") -> str:
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 @cache
@@ -140,5 +144,7 @@ def _numbers(run: Run) -> dict[str, Any]:
         "has_controls": any(map(is_control, interventions(evaluation))),
         "rate_tables": {name: tables.by_intervention(evaluation, [name]) for name in rates},
         "mean_table": tables.by_intervention(evaluation, means),
+        "missing_table": tables.by_intervention(evaluation, without_number(evaluation)),
+        "agreement_rows": tables.agreement_rows(agreements(evaluation.results)),
         "weight_edits": tables.weight_edits(evaluation.weight_edits),
     }

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from refusalkit.agreement import Agreement
 from refusalkit.artifacts import Choice, Evaluation, Result, WeightEdit
 from refusalkit.metric import Side
 from refusalkit.report.changes import Change
 from refusalkit.report.heat_map import scores
 from refusalkit.report.measured import find, in_order, is_control, sides
-from refusalkit.report.wording import difference, number, p_value, with_interval
+from refusalkit.report.wording import difference, number, p_value, percent, side_name, without_count
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,13 @@ class Column:
     unit: str
     n: int | None
     """How many prompts every number of the column rests on, or None where that differs."""
+    missing: int = 0
+    """How many prompts have no value, where that is the same for every number."""
+
+    @property
+    def counted(self) -> str:
+        """What every number rests on, in words; empty where that differs."""
+        return _counted(self.n, self.missing)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,16 @@ class Cell:
 
     text: str
     n: int | None = None
+    missing: int = 0
+
+    @property
+    def counted(self) -> str:
+        """What the number rests on, in words; empty where its column says so."""
+        return _counted(self.n, self.missing)
+
+
+def _counted(n: int | None, missing: int) -> str:
+    return "" if n is None else f"n = {n}" + (f", {missing} missing" if missing else "")
 
 
 @dataclass(frozen=True)
@@ -64,13 +82,41 @@ def by_intervention(evaluation: Evaluation, metrics: Sequence[str]) -> Table:
 
 def _column(results: Sequence[Result], metric: str, side: Side) -> Column:
     chosen = [row for row in results if row.metric == metric and row.prompts == side]
-    counts = {row.n for row in chosen if math.isfinite(row.value)}
-    return Column(metric, side, chosen[0].unit, counts.pop() if len(counts) == 1 else None)
+    counts = {(row.n, row.missing) for row in chosen if math.isfinite(row.value) or row.missing}
+    n, missing = counts.pop() if len(counts) == 1 else (None, 0)
+    return Column(metric, side, chosen[0].unit, n, missing)
 
 
 def _cell(results: Sequence[Result], label: str, column: Column) -> Cell:
     result = find(results, label, column.side, column.metric)
-    return Cell(with_interval(result), result.n if result is not None and column.n is None else None)
+    counted = (result.n, result.missing) if result is not None and column.n is None else (None, 0)
+    return Cell(without_count(result), *counted)
+
+
+@dataclass(frozen=True)
+class AgreementRow:
+    """Hold what the page says of two judges on one side."""
+
+    metrics: tuple[str, str]
+    side: str
+    n: int
+    share: str
+    kappa: str
+
+
+def agreement_rows(agreements: Sequence[Agreement]) -> list[AgreementRow]:
+    """Write how far every two judges agree."""
+    return [
+        AgreementRow(
+            (row.first, row.second),
+            side_name(row.prompts),
+            row.n,
+            percent(row.share),
+            number(row.kappa, 2)
+            + (f" [{number(row.low, 2)}, {number(row.high, 2)}]" if math.isfinite(row.kappa + row.low) else ""),
+        )
+        for row in agreements
+    ]
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,16 @@ def percent(value: float) -> str:
 
 
 def with_interval(result: Result | None) -> str:
-    """Write a result with its 95% interval: `98% [92, 100]`, `−7.10 [−7.62, −6.51]`."""
+    """Write a result with its 95% interval: `98% [92, 100]`, `−7.10 [−7.62, −6.51]`, `50% [22, 78] (8 of 16 missing)`.
+
+    A number that leaves prompts out never stands without saying how many.
+    """
+    missing = f" ({result.missing} of {len(result.values)} missing)" if result is not None and result.missing else ""
+    return without_count(result) + missing
+
+
+def without_count(result: Result | None) -> str:
+    """Write a result with its interval alone, where what is missing stands beside it."""
     if result is None or not math.isfinite(result.value):
         return NOTHING_TO_SHOW
     known = math.isfinite(result.low) and math.isfinite(result.high)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from math import isnan
 from typing import Any, Literal
 
 import torch
@@ -21,54 +22,26 @@ from refusalkit.artifacts import (
     WeightEdit,
 )
 from refusalkit.builtin.interventions import ablate_everywhere
-from refusalkit.engine.request import Completions, Cosines, Losses, Reading, Readings, Request, reading
+from refusalkit.engine.request import Capture, Completions, Cosines, Readings, Request, reading
 from refusalkit.errors import RunError
 from refusalkit.intervals import bootstrap, wilson
 from refusalkit.intervention import NOTHING, Direction, Intervention
-from refusalkit.metric import Evidence, Metric, Need, Side
+from refusalkit.metric import Evidence, Metric, Side, TextMetric
 from refusalkit.recipe import EvaluateSection
+from refusalkit.stages.asking import (
+    WRITTEN,
+    Asked,
+    Outcome,
+    Outcomes,
+    Sums,
+    asked_of,
+    of_all,
+    of_one,
+    read_back,
+    sums_of,
+)
 from refusalkit.stages.bench import Bench
 from refusalkit.stages.cases import Case, all_cases
-
-#: What metrics need that rests on completions of the unmodified model.
-WRITTEN: set[Need] = {"completions", "losses"}
-Tokens = tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """Hold one side's test prompts, what is wanted of them, and what the unmodified model wrote."""
-
-    side: Side
-    prompts: tuple[str, ...]
-    tokens: tuple[Tokens, ...]
-    """Up to where the answer starts."""
-    openings: tuple[Tokens, ...]
-    """Up to where the model writes; the same unless it thinks."""
-    opener_ids: tuple[int, ...]
-    metrics: tuple[Metric, ...]
-    """Those that mean something on this side."""
-    max_new_tokens: int
-    completions: tuple[Tokens, ...] = ()
-
-    @property
-    def needs(self) -> set[Need]:
-        """What the metrics look at."""
-        return {metric.needs for metric in self.metrics}
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """Hold what one case made of one side's prompts."""
-
-    reading: Reading
-    unmodified: Tensor | None
-    """The unmodified model's logits [prompt, d_vocab], where a metric or a weight edit needs logits."""
-    completions: tuple[Tokens, ...] = ()
-    losses: tuple[Tensor, Tensor] | None = None
-
-
-Outcomes = dict[tuple[str, Side], Outcome]
 
 
 def complete(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> Unmodified:
@@ -76,7 +49,7 @@ def complete(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> Un
 
     Raises `RunError` where no completion comes to an answer.
     """
-    writing = [each for each in _asked(section, splits, bench) if each.needs & WRITTEN]
+    writing = [each for each in asked_of(section, splits, bench) if each.needs & WRITTEN]
     requests = [Completions(each.openings, NOTHING, each.max_new_tokens) for each in writing]
     found = bench.engine.run(requests, bench.advance("completions of the unmodified model")) if requests else []
     written = {each.side: tuple(completions) for each, completions in zip(writing, found, strict=True)}
@@ -111,11 +84,12 @@ def evaluate(
         activations.harmless_mean[row].float(),
         activations.harmful_mean[row].float(),
     )
+    direction = replace(direction, validation=_calibration(section, direction, splits, bench))
     shuffled = None if activations.shuffled is None else activations.shuffled[row, choice.layer].float()
     cases = all_cases(section, direction, shuffled)
     written = unmodified.completions
-    asked = [replace(each, completions=written.get(each.side, ())) for each in _asked(section, splits, bench)]
-    outcomes, separation = _on_activations(cases, asked, direction, bench)
+    asked = [replace(each, completions=written.get(each.side, ())) for each in asked_of(section, splits, bench)]
+    outcomes, shared, separation = _on_activations(cases, asked, direction, bench)
     edits = []
     for case in cases:
         if case.intervention.weights is not None:
@@ -124,39 +98,44 @@ def evaluate(
             outcomes.update(made)
             edits.append(edit)
         _check(case, *({each.side: outcomes[label, each.side] for each in asked} for label in (case.label, "none")))
-    results: list[Result] = []
-    generated = []
-    for case in cases:
-        for each in asked:
-            numbers, texts = _results(case, each, outcomes[case.label, each.side], section.seed, bench)
-            results += numbers
-            generated += texts
+    outcomes = {key: replace(made, sums={**made.sums, **shared[key]}) for key, made in outcomes.items()}
+    outcomes = read_back(asked, outcomes, bench)
+    evidence = {
+        (case.label, each.side): _evidence(each, outcomes[case.label, each.side], bench)
+        for case in cases
+        for each in asked
+    }
+    results = _measured(section, evidence, outcomes, bench)
     return Evaluation(
-        results=tuple(results), generated=tuple(generated), separation=separation, weight_edits=tuple(edits)
+        results=results,
+        generated=_generated(evidence, results),
+        separation=separation,
+        weight_edits=tuple(edits),
     )
 
 
-def _asked(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> tuple[Asked, ...]:
-    return tuple(
-        Asked(
-            side,
-            splits.of(side, "test"),
-            bench.tokens(splits.of(side, "test")),
-            bench.openings(splits.of(side, "test")),
-            splits.openers.token_ids,
-            tuple(metric for metric in section.metrics if side in metric.sides),
-            section.max_new_tokens,
-        )
-        for side in splits.sides
-    )
+def _calibration(
+    section: EvaluateSection, direction: Direction, splits: PromptSplits, bench: Bench
+) -> Mapping[int, Tensor]:
+    """Read harmless validation prompts where interventions set their thresholds by them: by layer [prompt, d_model]."""
+    layers = sorted({layer for spec in section.interventions for layer in spec.calibrated_in(direction.layer)})
+    if not layers:
+        return {}
+    tokens = bench.tokens(splits.of("harmless", "validation"))
+    request = Capture(tokens, (direction.position,), direction.site, keep_samples=True, layers=tuple(layers))
+    (found,) = bench.engine.run([request], bench.advance("validation prompts"))
+    return dict(zip(layers, found.samples[:, 0].unbind(1), strict=True))
 
 
 def _on_activations(
-    cases: Sequence[Case], asked: Sequence[Asked], direction: Direction, bench: Bench
-) -> tuple[Outcomes, tuple[Separation, ...]]:
-    """Ask everything about every case that leaves the weights alone, and how the prompts lie along the direction."""
-    edits_weights = any(case.intervention.weights is not None for case in cases)
-    cases = [case for case in cases if case.intervention.weights is None]
+    everything: Sequence[Case], asked: Sequence[Asked], direction: Direction, bench: Bench
+) -> tuple[Outcomes, dict[tuple[str, Side], dict[str, Sums]], tuple[Separation, ...]]:
+    """Ask everything about every case that leaves the weights alone, and how the prompts lie along the direction.
+
+    In between stands what was asked about all cases at once, by case and side.
+    """
+    cases = [case for case in everything if case.intervention.weights is None]
+    edits_weights = len(cases) < len(everything)
     interventions = [case.intervention for case in cases]
     requests: dict[tuple[str, Side, str], Request] = {}
     for each in asked:
@@ -164,28 +143,26 @@ def _on_activations(
             each.tokens, interventions, each.opener_ids, keep_logits=edits_weights or "logits" in each.needs
         )
         requests["", each.side, "cosines"] = Cosines(each.tokens, direction.main, direction.position, direction.site)
+        requests.update({("", each.side, need): made for need, made in of_all(everything, each, direction).items()})
         for case in cases:
-            requests.update({(case.label, each.side, kind): made for kind, made in _writing(case, each).items()})
+            requests.update({(case.label, each.side, kind): made for kind, made in of_one(case, each).items()})
     found = bench.engine.run(list(requests.values()), bench.advance("interventions"))
     answers: dict[tuple[str, Side, str], Any] = dict(zip(requests, found, strict=True))
     outcomes: Outcomes = {}
     for each in asked:
         readings = answers["", each.side, "readings"]
         for case, made in zip(cases, readings, strict=True):
-            key = (case.label, each.side)
-            completions = answers.get((*key, "completions"), each.completions)
-            outcomes[key] = Outcome(made, readings[0].logits, tuple(completions), answers.get((*key, "losses")))
-    return outcomes, tuple(_separation(each.side, answers["", each.side, "cosines"]) for each in asked)
-
-
-def _writing(case: Case, asked: Asked) -> dict[str, Request]:
-    """Return what a case is asked to write, and to make of what the unmodified model wrote."""
-    requests: dict[str, Request] = {}
-    if "completions" in asked.needs and case.label != "none":
-        requests["completions"] = Completions(asked.openings, case.intervention, asked.max_new_tokens)
-    if "losses" in asked.needs:
-        requests["losses"] = Losses(asked.openings, asked.completions, case.intervention)
-    return requests
+            mine = {what: answer for (*whose, what), answer in answers.items() if whose == [case.label, each.side]}
+            completions = mine.pop("completions", each.completions)
+            outcomes[case.label, each.side] = Outcome(made, readings[0].logits, tuple(completions), mine)
+    shared = {
+        (case.label, each.side): {
+            need: sums_of(answers["", each.side, need], number) for need in of_all(everything, each, direction)
+        }
+        for each in asked
+        for number, case in enumerate(everything)
+    }
+    return outcomes, shared, tuple(_separation(each.side, answers["", each.side, "cosines"]) for each in asked)
 
 
 def _on_weights(
@@ -207,14 +184,14 @@ def _on_weights(
             plain = unmodified[each.side]
             assert plain is not None
             logits[each.side] = engine.logits(each.tokens)
-            writing = _writing(case, each)
+            writing = of_one(case, each)
             found = engine.run(list(writing.values()), bench.advance(f"{case.label} on {each.side} prompts"))
             answers = dict(zip(writing, found, strict=True))
             outcomes[case.label, each.side] = Outcome(
                 reading(logits[each.side], plain, each.opener_ids, keep_logits=True),
                 plain,
-                tuple(answers.get("completions", ())),
-                answers.get("losses"),
+                tuple(answers.pop("completions", ())),
+                answers,
             )
     return outcomes, WeightEdit(
         label=case.label,
@@ -252,8 +229,8 @@ def _moved(outcome: Outcome, plain: Outcome) -> bool:
     """Say whether anything that was measured differs: what acts on generated tokens alone moves no first logit."""
     if outcome.reading.moved or outcome.completions != plain.completions:
         return True
-    pair = outcome.losses, plain.losses
-    return pair[0] is not None and pair[1] is not None and not torch.equal(pair[0][0], pair[1][0])
+    both = outcome.sums.keys() & plain.sums.keys()
+    return any(not torch.equal(outcome.sums[what][0], plain.sums[what][0]) for what in both)
 
 
 def _why_nothing(intervention: Intervention) -> str:
@@ -267,38 +244,77 @@ def _why_nothing(intervention: Intervention) -> str:
     )
 
 
-def _results(
-    case: Case, asked: Asked, outcome: Outcome, seed: int, bench: Bench
-) -> tuple[list[Result], list[Generated]]:
-    """Let the metrics of one side measure an outcome; also return its completions as text, where there are any."""
-    texts: tuple[str, ...] = ()
-    if "completions" in asked.needs:
-        answers = [bench.template.answer(ids) or () for ids in outcome.completions]
-        texts = tuple(bench.template.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers)
-    losses, counts = outcome.losses or (None, None)
-    evidence = Evidence(
+def _evidence(asked: Asked, outcome: Outcome, bench: Bench) -> Evidence:
+    """Gather what the metrics of one side look at, but for what is summed over tokens."""
+    answers: tuple[tuple[int, ...], ...] = ()
+    if asked.writes:
+        answers = tuple(bench.template.answer(ids) or () for ids in outcome.completions)
+    texts = tuple(bench.template.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers)
+    return Evidence(
         asked.side,
         asked.prompts,
         asked.opener_ids,
         completions=texts,
+        completion_ids=answers,
         refusal_scores=outcome.reading.refusal_scores,
         kl_nats=outcome.reading.kl_nats,
         logits=outcome.reading.logits,
         baseline_logits=outcome.unmodified,
-        losses=losses,
-        n_tokens=counts,
     )
-    measured = [(metric, summarise(metric, case.label, evidence, seed)) for metric in asked.metrics]
-    generated = []
-    if texts:
-        verdicts = [result.values for metric, result in measured if (metric.kind, metric.needs) == _VERDICT]
-        refused = tuple(value == 1 for value in verdicts[0]) if verdicts else None
-        generated = [Generated(intervention=case.label, prompts=asked.side, texts=texts, refused=refused)]
-    return [result for _, result in measured], generated
 
 
-#: What tells of each completion whether it is a refusal.
-_VERDICT = ("rate", "completions")
+def _with_sums(evidence: Evidence, metric: Metric, outcome: Outcome) -> Evidence:
+    """Fill in what was summed over tokens for this metric."""
+    if isinstance(metric, TextMetric):
+        none = torch.full((len(metric.texts),), float("nan"), dtype=torch.float64)
+        losses, counts = outcome.sums.get(metric.label, (none, torch.zeros_like(none)))
+        prompts = tuple(passage.text if passage.prompt is None else passage.prompt for passage in metric.texts)
+        return replace(evidence, prompts=prompts, losses=losses, n_tokens=counts)
+    if metric.needs not in outcome.sums:
+        return evidence
+    values, counts = outcome.sums[metric.needs]
+    match metric.needs:
+        case "token_kl":
+            return replace(evidence, token_kl=values, n_tokens=counts)
+        case "projections":
+            return replace(evidence, projections=values)
+        case _:
+            return replace(evidence, losses=values, n_tokens=counts)
+
+
+def _measured(
+    section: EvaluateSection, evidence: Mapping[tuple[str, Side], Evidence], outcomes: Outcomes, bench: Bench
+) -> tuple[Result, ...]:
+    """Let one metric after the other measure everything, so that a judge is loaded once; the order is by case."""
+    parts = [part for metric in section.metrics for part in metric.parts]
+    found: dict[tuple[str, Side, str], Result] = {}
+    for part in parts:
+        advance = bench.advance(part.label)
+        asked = [key for key in evidence if key[1] in part.sides]
+        for number, (label, side) in enumerate(asked):
+            advance(number, len(asked))
+            found[label, side, part.label] = summarise(
+                part, label, _with_sums(evidence[label, side], part, outcomes[label, side]), section.seed
+            )
+    return tuple(found[*key, part.label] for key in evidence for part in parts if (*key, part.label) in found)
+
+
+def _generated(evidence: Mapping[tuple[str, Side], Evidence], results: Sequence[Result]) -> tuple[Generated, ...]:
+    """Keep the completions, with the verdicts of the first metric that tells refusals."""
+    judging = next((result.metric for result in results if result.verdict == "refused"), None)
+    verdicts = {(row.intervention, row.prompts): row.values for row in results if row.metric == judging}
+    return tuple(
+        Generated(
+            intervention=label,
+            prompts=side,
+            texts=each.completions,
+            refused=tuple(None if isnan(value) else value == 1 for value in verdicts[label, side])
+            if (label, side) in verdicts
+            else None,
+        )
+        for (label, side), each in evidence.items()
+        if each.completions
+    )
 
 
 def summarise(metric: Metric, label: str, evidence: Evidence, seed: int) -> Result:
@@ -312,7 +328,7 @@ def summarise(metric: Metric, label: str, evidence: Evidence, seed: int) -> Resu
     return Result(
         intervention=label,
         prompts=evidence.side,
-        metric=metric.metric,
+        metric=metric.label,
         value=interval.value,
         low=interval.low,
         high=interval.high,
@@ -321,6 +337,7 @@ def summarise(metric: Metric, label: str, evidence: Evidence, seed: int) -> Resu
         kind=kind,
         values=measured.values,
         weights=measured.weights,
+        verdict=metric.verdict,
     )
 
 

@@ -100,7 +100,8 @@ def study_suffixes(analysis: Suffixes, findings: Findings) -> SuffixesFound:
         *appended(analysis.append, analysis.seed, harmful, bench.template),
     ]
     position = findings.position(analysis.position)
-    rates = [each for each in findings.section.metrics if (each.kind, each.needs) == ("rate", "completions")]
+    parts = [part for metric in findings.section.metrics for part in metric.parts]
+    rates = [part for part in parts if (part.kind, part.needs) == ("rate", "completions")]
     requests: dict[tuple[str, str], Request] = {}
     for group in groups:
         tokens = bench.tokens(group.prompts)
@@ -135,6 +136,7 @@ def _results(
         group.prompts,
         findings.splits.openers.token_ids,
         completions=tuple(template.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers),
+        completion_ids=tuple(answers),
         refusal_scores=reading.refusal_scores,
         kl_nats=reading.kl_nats,
     )

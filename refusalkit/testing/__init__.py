@@ -4,6 +4,7 @@ from refusalkit.testing.law_sets import broken_laws
 from refusalkit.testing.laws import (
     Law,
     check_adapter,
+    check_command,
     check_intervention,
     check_metric,
     check_prompt_source,
@@ -16,6 +17,7 @@ __all__ = [
     "Law",
     "broken_laws",
     "check_adapter",
+    "check_command",
     "check_intervention",
     "check_metric",
     "check_prompt_source",

@@ -22,6 +22,7 @@ from refusalkit.registry import Owner, Registry, default_of, load_registry, unpa
 from refusalkit.testing.laws import (
     Law,
     check_adapter,
+    check_command,
     check_intervention,
     check_metric,
     check_prompt_source,
@@ -104,6 +105,8 @@ def _sets(hook: str, value: Any, recipe: Callable[[], type[Recipe]]) -> Iterator
             yield "metric", "", lambda: check_metric(_asked(value, "metric", recipe()).evaluate.metrics[0])
         case "refusalkit_prompt_sources":
             yield "prompt source", "", lambda: check_prompt_source(value)
+        case "refusalkit_commands":
+            yield "command", "", lambda: check_command(value)
 
 
 def _llama() -> Engine:

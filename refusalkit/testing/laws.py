@@ -16,6 +16,7 @@ from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.builtin.adapters import LLAMA
 from refusalkit.builtin.interventions import ablate_everywhere
+from refusalkit.command import Command
 from refusalkit.engine.engine import Engine
 from refusalkit.engine.gradients import Differentiable
 from refusalkit.engine.layout import resolve
@@ -338,12 +339,15 @@ def check_metric(metric: Metric) -> tuple[Law, ...]:
             prompts=("a", "b", "c", "d"),
             opener_ids=(1, 2),
             completions=texts,
+            completion_ids=((3, 1, 4), (1, 5, 9, 2, 6), (), (5, 3, 5, 3, 5, 3)),
             refusal_scores=torch.randn(4, generator=generator, dtype=torch.float64),
             kl_nats=torch.rand(4, generator=generator, dtype=torch.float64),
             logits=logits,
             baseline_logits=logits + 0.1 * torch.randn((4, 16), generator=generator),
             losses=torch.rand(4, generator=generator, dtype=torch.float64) * 9,
-            n_tokens=torch.tensor([3, 4, 5, 6]),
+            token_kl=torch.rand(4, generator=generator, dtype=torch.float64) * 9,
+            n_tokens=torch.tensor([3, 5, 0, 6]),
+            projections=torch.randn(4, generator=generator, dtype=torch.float64),
         )
         first, second = metric.measure(evidence), metric.measure(evidence)
         broken += len(first.values) != 4
@@ -373,4 +377,20 @@ def check_prompt_source(source: PromptSource) -> tuple[Law, ...]:
         Law("its scheme can stand before a colon", float(not re.fullmatch(r"[a-z][a-z0-9+._-]*", source.scheme)), 0.0),
         Law("its help is one line", float(len(source.help.splitlines()) != 1), 0.0),
         Law("an address that leads nowhere is bad input, or gives prompts (faults)", float(faults), 0.0),
+    )
+
+
+def check_command(command: Command) -> tuple[Law, ...]:
+    """Check that a command can be typed and that its help can be shown."""
+    import typer
+    from typer.testing import CliRunner
+
+    app = typer.Typer(add_completion=False)
+    app.command(command.name)(command.run)
+    shown = CliRunner().invoke(app, ["--help"])
+    summary = (command.run.__doc__ or "").strip().partition("\n")[0]
+    return (
+        Law("its name can be typed", float(not re.fullmatch(r"[a-z][a-z0-9-]*", command.name)), 0.0),
+        Law("its docstring says what it does", float(not summary), 0.0),
+        Law("its help can be shown (exit status)", float(shown.exit_code), 0.0),
     )

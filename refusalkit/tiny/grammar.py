@@ -93,6 +93,18 @@ def requests(side: Side, split: Split) -> tuple[str, ...]:
     return tuple(_opener(phrase).format(phrase.text) for phrase in phrases(side, split))
 
 
+@cache
+def responses(side: Side, split: Split) -> tuple[tuple[str, str], ...]:
+    """List the requests of one side and split with the response that the models are taught to give to such."""
+    answered: list[str] = []
+    for phrase in phrases(side, split):
+        known = REFUSALS if side == "harmful" else ANSWERS[phrase.kind]
+        answered.append(
+            known[int.from_bytes(_order("response to " + phrase.text)[:4]) % len(known)].format(phrase.text)
+        )
+    return tuple(zip(requests(side, split), answered, strict=True))
+
+
 def _opener(phrase: Phrase) -> str:
     """Choose the opener a phrase has in the published lists."""
     openers = OPENERS[phrase.kind]
