@@ -53,6 +53,9 @@ class Write:
     multiplier: str | None = None
     """Path from the block to a number by which the output is multiplied before it is added (Granite). The site is
     read and edited before that."""
+    heads: str = field(default="num_attention_heads", repr=False)
+    """The setting of the text configuration that counts an attention's heads. They lie side by side, each as wide as
+    the others, in what enters its projection."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Define what each stage leaves behind: frozen values that are written once and read by everything after.
 
 `prompts -> PromptSplits`, `capture -> Activations`, `find -> Candidates`, `select -> Choice`,
-`evaluate -> Evaluation`. Fields that are tensors go to safetensors, the rest to JSON; `refusalkit.store` does both.
+`evaluate -> Evaluation`, and `analyze -> Analyses` where a recipe asks for any. Fields that are tensors go to
+safetensors, the rest to JSON; `refusalkit.store` does both.
 """
 
 from __future__ import annotations
@@ -283,3 +284,123 @@ class Evaluation(Artifact):
     generated: tuple[Generated, ...]
     separation: tuple[Separation, ...]
     weight_edits: tuple[WeightEdit, ...] = ()
+
+
+class SuffixGroup(Frozen):
+    """Show how prompts with something appended lie along the direction, and whether they are refused."""
+
+    label: str
+    suffix: str | None
+    """The suffix by name; null for prompts as they are."""
+    random: bool
+    """Whether random tokens stand in the suffix's place."""
+    text: str
+    """What was appended, to the first prompt where each has its own."""
+    n: int
+    mean: tuple[MaybeNaN, ...]
+    """[layer] mean over prompts of the cosine between the residual stream and the direction."""
+    low: tuple[MaybeNaN, ...]
+    """[layer] the lower end of its 95% interval, over prompts."""
+    high: tuple[MaybeNaN, ...]
+    """[layer] the upper end."""
+    results: tuple[Result, ...]
+    """Refusal in the unmodified model."""
+
+
+class SuffixesFound(Frozen):
+    """Hold what suffixes do to the direction and to refusal (Arditi et al. 2024, section 5.1)."""
+
+    analysis: Literal["suffixes"] = "suffixes"
+    position: int
+    """Where the stream was read."""
+    groups: tuple[SuffixGroup, ...]
+    """Harmful, harmless, then harmful with each suffix and with random ones like it."""
+
+
+class DirectionRow(Frozen):
+    """Name one direction: a group of prompts minus the harmless ones, at a position."""
+
+    label: str
+    group: str
+    position: int
+    n: int
+    """How many prompts it is the mean of."""
+
+
+class DirectionPair(Frozen):
+    """Hold how alike two directions are in every layer, or one and itself on other prompts; null where one is zero."""
+
+    first: str
+    second: str
+    cosine: tuple[MaybeNaN, ...]
+    """[layer] between the directions as found, from all prompts."""
+    between_halves: tuple[MaybeNaN, ...]
+    """[layer] between the first from half of the prompts, harmless ones too, and the second from the others, averaged
+    over divisions into halves: no prompt is behind both."""
+    ceiling: tuple[MaybeNaN, ...]
+    """[layer] what `between_halves` would be if noise were all that keeps the two apart: the geometric mean of what it
+    is for each direction and itself; null where one of those is not positive."""
+
+
+class DirectionsFound(Frozen):
+    """Hold the cosines between directions, beside what noise allows."""
+
+    analysis: Literal["directions"] = "directions"
+    rows: tuple[DirectionRow, ...]
+    n_harmless: int
+    n_divisions: int
+    """Divisions into halves that were averaged."""
+    pairs: tuple[DirectionPair, ...]
+    """Every two, and every one with itself."""
+
+
+class AttributionGroup(Frozen):
+    """Hold what heads and MLPs write along the direction, averaged over prompts, in the units of the stream."""
+
+    label: str
+    suffix: str | None
+    random: bool
+    n: int
+    heads: tuple[tuple[MaybeNaN, ...], ...]
+    """[layer][head]; null where a layer has fewer heads than another."""
+    attention: tuple[float, ...]
+    """[layer] all that attention adds: its heads and the bias of its projection."""
+    mlp: tuple[float, ...]
+    """[layer]"""
+
+
+class HeadFound(Frozen):
+    """Hold what one head does on one group of prompts, with the 95% interval over prompts."""
+
+    layer: int
+    head: int
+    label: str
+    """The group of prompts."""
+    value: float
+    """What it writes along the direction."""
+    low: float
+    high: float
+    on_instruction: MaybeNaN
+    """The share of its attention from the last position to the instruction; null in a layer without such weights."""
+    on_suffix: MaybeNaN
+    """The same to what is appended; null where nothing is."""
+
+
+class AttributionFound(Frozen):
+    """Hold which heads and MLPs write the direction (Arditi et al. 2024, section 5.2)."""
+
+    analysis: Literal["attribution"] = "attribution"
+    groups: tuple[AttributionGroup, ...]
+    top: tuple[HeadFound, ...]
+    """The heads that write most on harmful prompts, most first, on every group."""
+
+
+Found = Annotated[SuffixesFound | AttributionFound | DirectionsFound, Field(discriminator="analysis")]
+
+
+class Analyses(Artifact):
+    """Hold what the analyses of a recipe found, in its order."""
+
+    stage = "analyze"
+
+    found: tuple[Found, ...]

@@ -48,6 +48,7 @@ class Until(StrEnum):
     find = "find"  # type: ignore[assignment]
     select = "select"
     evaluate = "evaluate"
+    analyze = "analyze"
     report = "report"
 
 

@@ -1,4 +1,4 @@
-"""Run a plan: five stages in a straight line, each kept as an artifact, then the report."""
+"""Run a plan: its stages in a straight line, each kept as an artifact, then the report."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import refusalkit
 from refusalkit.agreement import agreements
 from refusalkit.artifacts import (
     Activations,
+    Analyses,
     Artifact,
     Candidates,
     Choice,
@@ -32,8 +33,9 @@ from refusalkit.errors import InputError
 from refusalkit.plan import Plan
 from refusalkit.progress import Progress, Silent
 from refusalkit.sharing import Sharing, hold
-from refusalkit.stages import capture, evaluate, find, prompts, select
+from refusalkit.stages import analyze, capture, evaluate, find, prompts, select
 from refusalkit.stages.bench import Bench
+from refusalkit.stages.findings import Findings
 from refusalkit.store import STAGES, Store, cannot_write, write_json, write_tensors, write_text
 
 if TYPE_CHECKING:
@@ -188,16 +190,32 @@ def _run(runner: Runner, until: str) -> None:
     from refusalkit.report.data import tests
 
     write_json(out / "tests.json", tests(evaluation))
+    if recipe.analyze and until != "evaluate":
+        runner.stage(Analyses, lambda: _analyze(runner, (activations, choice), splits))
     if until == "report":
         write_report(out)
 
 
 def _evaluate(runner: Runner, found: tuple[Activations, Choice], splits: PromptSplits) -> Evaluation:
-    section = runner.plan.evaluate
-    for metric in section.metrics:
+    _ready(runner)
+    return evaluate.evaluate(runner.plan.evaluate, found, splits, _unmodified(runner, splits), runner.bench())
+
+
+def _analyze(runner: Runner, found: tuple[Activations, Choice], splits: PromptSplits) -> Analyses:
+    _ready(runner)
+    plan, unmodified = runner.plan, _unmodified(runner, splits)
+    asked = list(zip(plan.recipe.analyze, plan.groups, strict=True))
+    return analyze.analyze(asked, Findings(plan.evaluate, *found, splits, unmodified, runner.bench()))
+
+
+def _ready(runner: Runner) -> None:
+    for metric in runner.plan.evaluate.metrics:
         metric.ready()
-    unmodified, _ = runner.obtain(Unmodified, lambda: evaluate.complete(section, splits, runner.bench()))
-    return evaluate.evaluate(section, found, splits, unmodified, runner.bench())
+
+
+def _unmodified(runner: Runner, splits: PromptSplits) -> Unmodified:
+    section = runner.plan.evaluate
+    return runner.obtain(Unmodified, lambda: evaluate.complete(section, splits, runner.bench()))[0]
 
 
 def check_folder(plan: Plan, out: Path) -> None:
@@ -237,14 +255,17 @@ _DERIVED = {
     "find": ("candidates.safetensors",),
     "select": ("direction.safetensors", "scores.json"),
     "evaluate": ("summary.json", "tests.json", "report.html"),
+    "analyze": ("report.html",),
 }
 
 
 def _drop_outdated(runner: Runner) -> None:
     """Remove stages that follow from another recipe, and the files made from them: this run may end before new ones."""
     store = runner.store
-    for stage in (*STAGES, Unmodified.stage):
-        if store.key(stage) in runner.plan.accepts(stage):
+    for stage in (*STAGES, Unmodified.stage, Analyses.stage):
+        accepted = runner.plan.accepts(stage)
+        # A recipe without analyses expects none.
+        if store.key(stage) in (accepted or (None,)):
             continue
         try:
             for name in _DERIVED.get(stage, ()):

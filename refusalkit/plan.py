@@ -7,9 +7,8 @@ stage's content key hashes what decides its result, so a finished stage is recog
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from refusalkit.arithmetic import Find, content, fitted
 from refusalkit.artifacts import AS_FOUND, LAYER_CONVENTION, Split
 from refusalkit.checkpoint import Checkpoint, open_checkpoint
 from refusalkit.errors import InputError, nearest
+from refusalkit.limits import check_quantized, check_remote
 from refusalkit.metric import SIDES, Side, TextMetric
 from refusalkit.prompt_source import Passage, PromptSource
 from refusalkit.prompt_split import check_leaks, in_proportion, split_pool, without_duplicates
@@ -53,6 +53,8 @@ class Plan:
     """The section `find` as it runs on this model, its files looked up."""
     evaluate: EvaluateSection
     """The section `evaluate` as it runs, the texts of its metrics read."""
+    groups: tuple[Mapping[str, tuple[str, ...]], ...] = ()
+    """The prompts that each analysis needs beside the run's own, by the name it has for them."""
     host: str | None = None
     """The NDIF server the model runs on; None for this machine."""
     keeps_samples: bool = False
@@ -73,9 +75,12 @@ class Plan:
         return self.keys[stage] + (_SAMPLES if stage == "capture" and self.needs == "samples" else "")
 
     def accepts(self, stage: str) -> tuple[str, ...]:
-        """Return the keys under which a finished artifact of `stage` serves: samples come with the same means."""
+        """Return the keys under which a finished artifact of `stage` serves: samples come with the same means.
+
+        None serve where the recipe does not have the stage.
+        """
         if stage != "capture":
-            return (self.keys[stage],)
+            return (self.keys[stage],) if stage in self.keys else ()
         with_samples = self.keys[stage] + _SAMPLES
         asks_for_samples = _needs(self.find, self.recipe.select) == "samples"
         return (with_samples,) if asks_for_samples else (self.keys[stage], with_samples)
@@ -110,11 +115,11 @@ def make_plan(
     whoever chooses between runs.
     Raises `InputError` for a model, adapter, prompt source or option that cannot be used.
     """
-    _check_remote(recipe)
+    check_remote(recipe)
     pools, dropped = read_pools(recipe.prompts, folder, registry)
     pools = {side: {**splits, "test": splits[measured]} for side, splits in pools.items()}
     checkpoint = open_checkpoint(recipe.model, registry)
-    _check_quantized(recipe)
+    check_quantized(recipe)
     template = chat_template(recipe, checkpoint)
     _check_interventions(recipe, checkpoint, template)
     wanted = recipe.find.reads_at if recipe.capture.positions == "auto" else recipe.capture.positions
@@ -148,7 +153,36 @@ def make_plan(
     )
     evaluate = _with_texts(recipe.evaluate, folder, registry)
     keys = _keys((recipe, find, evaluate), registry, checkpoint, (template, request))
-    return Plan(recipe, registry, checkpoint, template, request, keys, find, evaluate, _host(recipe), keeps_samples)
+    groups = tuple(_groups(recipe, folder, registry))
+    if recipe.analyze:
+        keys |= {"analyze": _analyze_key(recipe, registry, groups, keys)}
+    return Plan(
+        recipe, registry, checkpoint, template, request, keys, find, evaluate, groups, _host(recipe), keeps_samples
+    )
+
+
+def _groups(recipe: Recipe, folder: Path, registry: Registry) -> Iterator[Mapping[str, tuple[str, ...]]]:
+    """Read the prompts that analyses name; a source that is divided gives its training prompts."""
+    for number, analysis in enumerate(recipe.analyze):
+        found = {}
+        for name, address in analysis.sources.items():
+            pools = read_source(address, folder, registry, f"analyze.{number}.groups.{name}")
+            found[name] = without_duplicates(_only(pools, "train"))[0]
+        yield found
+
+
+def _analyze_key(
+    recipe: Recipe, registry: Registry, groups: Sequence[Mapping[str, tuple[str, ...]]], keys: Mapping[str, str]
+) -> str:
+    """Return the content key of the analyses, which follow from the choice and from how refusal is measured."""
+    section = recipe.evaluate.model_dump(mode="json", serialize_as_any=True, exclude={"interventions", "controls"})
+    own = {
+        "analyses": [analysis.model_dump(mode="json") for analysis in recipe.analyze],
+        "groups": groups,
+        "evaluate": section,
+        "owners": [str(registry.owner("refusalkit_metrics", metric.metric)) for metric in recipe.evaluate.metrics],
+    }
+    return content_key({"stage": "analyze", "parent": keys["select"], "own": own})
 
 
 def _sides(find: Find) -> tuple[Side, ...]:
@@ -220,58 +254,6 @@ def _host(recipe: Recipe) -> str | None:
     from refusalkit.engine.server import chosen_host
 
     return chosen_host(recipe.model.host)
-
-
-def _check_remote(recipe: Recipe) -> None:
-    """Refuse, before anything is sent, what a server that others use cannot do or must not be asked to."""
-    model = recipe.model
-    if model.where == "local":
-        if model.host is not None:
-            raise InputError(
-                "names a server, and the model runs on this machine",
-                where="model.host",
-                hint="add `where: ndif`, or leave it out",
-            )
-        return
-    local = "leave it out, or run with `model.where: local`"
-    if edits := [spec.label for spec in recipe.evaluate.interventions if spec.on_weights]:
-        raise InputError(
-            f"{edits[0]!r} edits weights, and others use the weights of a server's model",
-            where="evaluate.interventions",
-            hint=local,
-        )
-    for where, needed in gradients(recipe).items():
-        if needed:
-            raise InputError(
-                "needs gradients, which a server does not compute for code it does not trust", where=where, hint=local
-            )
-    if model.quantize != "none":
-        raise InputError("the server decides how weights are stored", where="model.quantize", hint=local)
-
-
-def gradients(recipe: Recipe) -> dict[str, bool]:
-    """Say which of the stages that may run backward passes do."""
-    return {
-        "find": any(strategy.needs_gradients for strategy in recipe.find.strategies),
-        "select": recipe.select.needs_gradients,
-    }
-
-
-def _check_quantized(recipe: Recipe) -> None:
-    if recipe.model.quantize == "none":
-        return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(
-            "bitsandbytes is not installed",
-            where=f"model.quantize {recipe.model.quantize!r}",
-            hint="pip install 'refusalkit[quantized]'",
-        )
-    if edits := [spec.label for spec in recipe.evaluate.interventions if spec.on_weights]:
-        raise InputError(
-            f"{edits[0]!r} edits weights, and quantized weights cannot be edited",
-            where="evaluate.interventions",
-            hint="leave it out, or load the model with `quantize: none`",
-        )
 
 
 def _check_interventions(recipe: Recipe, checkpoint: Checkpoint, template: ChatTemplate) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from refusalkit.artifacts import Split
 from refusalkit.batch import Batch
 from refusalkit.checkpoint import Checkpoint
+from refusalkit.limits import gradients
 from refusalkit.metric import TextMetric
-from refusalkit.plan import SPLITS, Plan, gradients
+from refusalkit.plan import SPLITS, Plan
 from refusalkit.recipe import Recipe
 from refusalkit.remote_cost import costs
 from refusalkit.report.wording import bytes_of
@@ -46,6 +47,7 @@ def describe(plan: Plan, out: Path) -> str:
         ("evaluate", ", ".join(spec.label for spec in recipe.evaluate.interventions)),
         ("", ", ".join(part.label for metric in recipe.evaluate.metrics for part in metric.parts)),
         *_sent(plan),
+        *[("analyze" if number == 0 else "", text) for number, text in enumerate(_analyses(plan))],
         *_gradients(recipe),
         *[("forward" if number == 0 else "", text) for number, text in enumerate(_passes(plan))],
         ("out", str(out)),
@@ -102,6 +104,13 @@ def _server(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
+def _analyses(plan: Plan) -> Iterator[str]:
+    """Say what each analysis looks at."""
+    for analysis, groups in zip(plan.recipe.analyze, plan.groups, strict=True):
+        named = [*getattr(analysis, "append", ())] + [f"{name} ({len(prompts)})" for name, prompts in groups.items()]
+        yield analysis.analysis + (f": {', '.join(named)}" if named else "")
+
+
 def _sent(plan: Plan) -> list[tuple[str, str]]:
     """Say which hosts get prompts and completions."""
     rows = []
@@ -152,13 +161,18 @@ def _passes(plan: Plan) -> list[str]:
 
 def _done(plan: Plan, out: Path) -> list[tuple[str, str]]:
     done = _finished(plan, out)
-    waiting = [stage for stage in STAGES if stage not in done]
+    waiting = [stage for stage in _stages(plan) if stage not in done]
     return [("done", ", ".join(done) or "nothing yet"), ("to do", ", ".join([*waiting, "report"]))]
 
 
 def _finished(plan: Plan, out: Path) -> list[str]:
     store = Store(out)
-    return [stage for stage in STAGES if store.key(stage) in plan.accepts(stage)]
+    return [stage for stage in _stages(plan) if store.key(stage) in plan.accepts(stage)]
+
+
+def _stages(plan: Plan) -> list[str]:
+    """List the stages that this recipe has."""
+    return [*STAGES, *(["analyze"] if plan.recipe.analyze else [])]
 
 
 def _weight(checkpoint: Checkpoint) -> tuple[int, int]:

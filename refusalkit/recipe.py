@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from refusalkit.analysis import ANALYSES, Analysis
 from refusalkit.arithmetic import OPERATIONS, Find
 from refusalkit.intervention import InterventionSpec, Site
 from refusalkit.metric import Metric
@@ -181,9 +182,19 @@ class Recipe(Section):
     """How to choose one of them: `selector` and its options."""
     evaluate: EvaluateSection
     """What to do with it and what to measure."""
+    analyze: tuple[Analysis, ...] = ()
+    """What else to find out about the direction, in the unmodified model (docs/how-to/analyse-a-direction.md)."""
     sweep: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict, exclude=True)
     """Dotted keys with lists of values, such as `find: [difference_in_means, pca]` or `prompts.seed: [0, 1, 2]`. Every
     combination is a run of its own in a folder below the sweep's; stages that come out the same are computed once."""
+
+    @field_validator("analyze")
+    @classmethod
+    def _analysed_once(cls, listed: tuple[Analysis, ...]) -> tuple[Analysis, ...]:
+        for number, item in enumerate(listed):
+            if item in listed[:number]:
+                raise ValueError(f"lists {item.analysis} twice with the same options")
+        return listed
 
     @field_validator("description")
     @classmethod
@@ -201,6 +212,7 @@ def recipe_type(registry: Registry) -> type[Recipe]:
     selector = _choice(registry.selectors, "selector", default="causal")
     intervention = _choice(_with_parts(registry.interventions), "intervention")
     metric = _choice(registry.metrics, "metric")
+    analysis = _choice(ANALYSES, "analysis")
     evaluate = create_model(
         "EvaluateSection",
         __base__=EvaluateSection,
@@ -219,6 +231,7 @@ def recipe_type(registry: Registry) -> type[Recipe]:
         find=(strategy, Field("difference_in_means", validate_default=True)),
         select=(selector, Field("causal", validate_default=True)),
         evaluate=(evaluate, Field(default_factory=dict, validate_default=True)),
+        analyze=(tuple[analysis, ...], Field(())),  # type: ignore[valid-type]
     )
     # The section before the recipe, which takes its schema over.
     _inherit_descriptions(evaluate)

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from refusalkit.analysis import ANALYSES, Analysis
 from refusalkit.arithmetic import OPERATIONS, Operation
 from refusalkit.errors import InputError, nearest
 from refusalkit.intervention import InterventionSpec
@@ -210,6 +211,7 @@ def _place(made: type[BaseModel], registry: Registry, keys: KeyPath) -> Place:
         (InterventionSpec, registry.interventions),
         (Strategy, registry.strategies),
         (Operation, OPERATIONS),
+        (Analysis, ANALYSES),
     ]
     model: type[BaseModel] = made
     field: FieldInfo | None = None

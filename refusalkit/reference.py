@@ -26,6 +26,7 @@ from pydantic.fields import FieldInfo
 
 from refusalkit import hookspecs, testing
 from refusalkit.adapter import Adapter, Family, Gain, Matrix, Refusal, Write
+from refusalkit.analysis import ANALYSES
 from refusalkit.arithmetic import OPERATIONS
 from refusalkit.cli import app
 from refusalkit.command import Command
@@ -73,6 +74,8 @@ def recipe_page(registry: Registry) -> str:
         section = _model(field.annotation)
         if name in CHOICES:
             lines += _choices(name, registry)
+        elif name == "analyze":
+            lines += ["", "## `analyze`", "", *_described("analyze", ANALYSES)]
         elif section is not None:
             lines += ["", f"## `{name}`", "", *_wrapped(_doc(section)), ""]
             lines += [line for key, inner in section.model_fields.items() for line in _key(key, inner)]
@@ -170,7 +173,7 @@ _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 def _type(annotation: Any, metadata: typing.Sequence[Any] = (), key: str = "") -> str:
     """Name a type in a recipe's terms."""
-    if key in CHOICES:
+    if key in CHOICES or key == "analyze":
         return "one of the choices below" if key in ("find", "select") else "list of the choices below"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from refusalkit.analysis import Directions, Suffixes
 from refusalkit.artifacts import Split
 from refusalkit.engine.jobs import MOST_WORK
 from refusalkit.metric import TextMetric
 from refusalkit.plan import Plan
 from refusalkit.stages.asking import WRITTEN
+from refusalkit.stages.compare_directions import N_FOLDS, Groups
 from refusalkit.stages.prompts import MOST_OPENERS
+from refusalkit.stages.suffixes import append
 
 #: The source that travels with every job, in bytes.
 _SOURCE = 12_000
@@ -34,7 +37,14 @@ class Cost:
 def costs(plan: Plan) -> dict[str, Cost]:
     """Estimate every stage that asks the model something."""
     selecting = {"select": _select(plan)} if plan.recipe.select.runs_model else {}
-    return {"prompts": _prompts(plan), "capture": _capture(plan), **selecting, "evaluate": _evaluate(plan)}
+    analyzing = {"analyze": _analyze(plan)} if plan.recipe.analyze else {}
+    return {
+        "prompts": _prompts(plan),
+        "capture": _capture(plan),
+        **selecting,
+        "evaluate": _evaluate(plan),
+        **analyzing,
+    }
 
 
 def _tokens(plan: Plan, prompts: Sequence[str]) -> float:
@@ -107,3 +117,39 @@ def _text_tokens(plan: Plan, metric: TextMetric) -> float:
         for passage in few
     ]
     return len(metric.texts) * sum(tokens) / max(1, len(few))
+
+
+def _analyze(plan: Plan) -> Cost:
+    """Every analysis asks in one go."""
+    asked = []
+    for analysis, groups in zip(plan.recipe.analyze, plan.groups, strict=True):
+        if isinstance(analysis, Suffixes):
+            asked.append(_suffixes(plan, analysis))
+        elif isinstance(analysis, Directions):
+            asked.append(_directions(plan, analysis, groups))
+    return Cost(
+        sum(cost.jobs for cost in asked), sum(cost.bytes_up for cost in asked), sum(cost.bytes_down for cost in asked)
+    )
+
+
+def _directions(plan: Plan, analysis: Directions, groups: Groups) -> Cost:
+    own = [plan.prompts.sides[side]["train"] for side in ("harmful", "harmless")]
+    taken = [*own, *(prompts[: analysis.most] for prompts in groups.values())]
+    tokens = sum(_tokens(plan, prompts) for prompts in taken)
+    size = len(analysis.positions) * plan.checkpoint.n_layers * plan.checkpoint.d_model
+    jobs = _jobs(tokens)
+    return Cost(jobs, jobs * _SOURCE + 2 * _PER_TOKEN * tokens, len(taken) * N_FOLDS * size * _FLOAT64)
+
+
+def _suffixes(plan: Plan, analysis: Suffixes) -> Cost:
+    harmful, harmless = (plan.prompts.sides[side]["test"] for side in ("harmful", "harmless"))
+    # As they are, then with each suffix and with random tokens like it.
+    asked = [*harmless, *harmful]
+    for text in analysis.append.values():
+        asked += [append(prompt, text) for prompt in harmful] * 2
+    writes = any(metric.needs == "completions" for metric in plan.recipe.evaluate.metrics)
+    written = len(asked) * plan.recipe.evaluate.max_new_tokens if writes else 0
+    tokens = sum(len(plan.template.tokens(prompt)) for prompt in asked)
+    jobs = _jobs(2 * tokens + written)
+    up = jobs * _SOURCE + 3 * _PER_TOKEN * tokens + plan.checkpoint.d_model * _FLOAT32
+    return Cost(jobs, up, written * _INT32 + len(asked) * (plan.checkpoint.n_layers + 4) * _FLOAT64)

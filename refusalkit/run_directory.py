@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from refusalkit.artifacts import Artifact, Candidates, Choice, Evaluation, PromptSplits
+from refusalkit.artifacts import Analyses, Artifact, Candidates, Choice, Evaluation, PromptSplits
 from refusalkit.errors import InputError
 from refusalkit.store import Store
 
@@ -40,6 +40,8 @@ class Run:
     candidates: Candidates
     choice: Choice
     evaluation: Evaluation
+    analyses: Analyses | None = None
+    """None where the recipe asks for none."""
 
 
 def read_run(folder: Path) -> Run:
@@ -58,6 +60,7 @@ def read_run(folder: Path) -> Run:
         candidates=artifact_in(store, Candidates),
         choice=artifact_in(store, Choice),
         evaluation=artifact_in(store, Evaluation),
+        analyses=artifact_in(store, Analyses) if store.key(Analyses.stage) else None,
     )
 
 

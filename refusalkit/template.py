@@ -196,11 +196,11 @@ class ChatTemplate:
 
     def suffix(self) -> tuple[int, ...]:
         """Return the ids of the template tokens after the instruction, the same for every instruction; maybe none."""
-        rendered = [self.tokens(probe) for probe in _PROBES]
-        length = 0
-        while all(len(ids) > length and ids[-length - 1] == rendered[0][-length - 1] for ids in rendered):
-            length += 1
-        return rendered[0][len(rendered[0]) - length :]
+        return _in_common([self.tokens(probe)[::-1] for probe in _PROBES])[::-1]
+
+    def prefix(self) -> tuple[int, ...]:
+        """Return the ids of the template tokens before the instruction, in the same way."""
+        return _in_common([self.tokens(probe) for probe in _PROBES])
 
     def positions(self, wanted: Sequence[str | int]) -> tuple[int, ...]:
         """Resolve position names and numbers to ascending negative positions.
@@ -266,6 +266,14 @@ class ChatTemplate:
         if self.is_dated:
             parts.append(PINNED)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _in_common(rendered: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return what token sequences begin with, all of them."""
+    length = 0
+    while all(len(ids) > length and ids[length] == rendered[0][length] for ids in rendered):
+        length += 1
+    return rendered[0][:length]
 
 
 def _is_open(text: str) -> bool:

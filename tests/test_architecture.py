@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 #: From the bottom up: a module imports from its own layer and from those below it. Packages count as one.
 LAYERS = (
     ("errors", "algebra", "intervals", "paired", "progress"),
-    ("adapter", "strategy", "selector", "intervention", "metric", "prompt_source", "command", "arithmetic"),
+    ("adapter", "strategy", "selector", "intervention", "metric", "prompt_source", "command", "arithmetic", "analysis"),
     ("hookspecs", "artifacts", "agreement", "store", "prompt_split", "template", "tiny"),
     ("builtin",),
     ("registry",),
@@ -28,7 +28,7 @@ LAYERS = (
     ("checkpoint",),
     ("engine",),
     ("stages", "testing", "sharing"),
-    ("plan",),
+    ("limits", "plan"),
     ("run_directory", "sweep_folder", "report"),
     ("remote_cost", "server_status"),
     ("adapter_check", "bake", "pipeline", "plugin"),

@@ -37,6 +37,7 @@ from tests.conftest import install
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+ANALYSES = sorted((ROOT / "recipes" / "analyses").glob("*.yaml"))
 COMPARE = ROOT / "recipes" / "methods" / "compare.yaml"
 METHODS = sorted(path for path in COMPARE.parent.glob("*.yaml") if path != COMPARE)
 #: Pages that are followed by tests of their own.
@@ -161,7 +162,7 @@ def test_the_comparison_asks_for_six_methods_and_a_control(registry: Registry) -
     assert COMPARE.read_text(encoding="utf-8").startswith(FINDING[0].read_text(encoding="utf-8").partition("\n")[0])
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*RECIPES, *ANALYSES], ids=lambda path: path.name)
 def test_every_recipe_validates_and_has_enough_prompts(path: Path, registry: Registry) -> None:
     recipe = load_recipe(path, registry)
     assert recipe.name == path.stem
@@ -172,7 +173,8 @@ def test_every_recipe_validates_and_has_enough_prompts(path: Path, registry: Reg
             "validation": recipe.prompts.validation,
             "test": recipe.prompts.test,
         }
-    assert path.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+    schema = "recipe.schema.json" if path in RECIPES else "../recipe.schema.json"
+    assert path.read_text(encoding="utf-8").startswith(f"# yaml-language-server: $schema={schema}\n")
 
 
 def test_the_schema_beside_the_recipes_is_that_of_the_code(registry: Registry) -> None:

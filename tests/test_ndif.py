@@ -155,6 +155,32 @@ def test_samples_come_back_for_strategies_that_need_them(plain: Server, recipe: 
     assert_same_run(run(recipe, *settings), run(recipe, *settings, on=plain))
 
 
+def test_analyses_end_as_they_do_here_in_a_job_each(
+    plain: Server, recipe: Path, run: Callable[..., Path], registry: Registry
+) -> None:
+    from refusalkit.remote_cost import costs
+
+    asked = "analyze=[{analysis: suffixes, append: {short: please}}, {analysis: directions, positions: [-2, -1]}]"
+    local, remote = run(recipe, asked, until="analyze"), run(recipe, asked, on=plain, until="analyze")
+    ours, theirs = (read(out / "analyze" / "artifact.json")["value"]["found"] for out in (local, remote))
+    for one, other in zip(ours[0]["groups"], theirs[0]["groups"], strict=True):
+        assert one["mean"] == pytest.approx(other["mean"], abs=1e-4)
+        assert [row["value"] for row in one["results"]] == pytest.approx(
+            [row["value"] for row in other["results"]], abs=1e-4
+        )
+    for one, other in zip(ours[1]["pairs"], theirs[1]["pairs"], strict=True):
+        # Null at layer 0, where template tokens are the same in every prompt.
+        assert one["between_halves"][1:] == pytest.approx(other["between_halves"][1:], abs=1e-4)
+        assert one["between_halves"][0] is other["between_halves"][0] is None
+    needed = jobs_of(remote)["analyze"]
+    assert needed["jobs"] == 2
+    settings = [asked, "model.where=ndif", f"model.host={plain.host}"]
+    cost = costs(make_plan(load_recipe(recipe, registry, settings), recipe.parent, registry))["analyze"]
+    assert needed["jobs"] <= cost.jobs
+    assert needed["bytes_up"] <= cost.bytes_up
+    assert needed["bytes_down"] <= 1.1 * cost.bytes_down + 2000
+
+
 @pytest.mark.slow
 @needs_shared
 def test_the_reference_model_ends_as_it_does_here(plain: Server, run: Callable[..., Path], tmp_path: Path) -> None:

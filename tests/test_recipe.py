@@ -20,7 +20,7 @@ jsonschema = pytest.importorskip("jsonschema")
 
 #: Ends in a section to which keys can be added.
 SMALL = WHOLE.replace("  interventions: [none, ablate, steer, orthogonalize]\n", "")
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = [*sorted((ROOT / "recipes").glob("*.yaml")), *sorted((ROOT / "recipes" / "analyses").glob("*.yaml"))]
 
 
 def refused(path: Path, text: str | bytes, *settings: str) -> InputError:

@@ -14,7 +14,7 @@ from refusalkit.adapter import Adapter, Family, Matrix, Write
 #: [expert, d_model, d_mlp]
 _EXPERTS = Matrix("mlp.experts.down_proj", 1)
 _ATTENTION = Write("self_attn", (Matrix("self_attn.o_proj.weight"), Matrix("self_attn.o_proj.bias", -1)))
-_LINEAR_ATTENTION = Write("linear_attn", (Matrix("linear_attn.out_proj.weight"),))
+_LINEAR_ATTENTION = Write("linear_attn", (Matrix("linear_attn.out_proj.weight"),), heads="linear_num_value_heads")
 _DENSE = Write("mlp", (Matrix("mlp.down_proj.weight"), Matrix("mlp.down_proj.bias", -1)))
 _ROUTED = Write("mlp", (_EXPERTS,))
 _ROUTED_AND_SHARED = Write("mlp", (_EXPERTS, Matrix("mlp.shared_expert.down_proj.weight")))

@@ -7,7 +7,7 @@ import altair as alt
 from refusalkit.audit.findings import ABLATION, Findings
 from refusalkit.audit.outcome import Outcome
 from refusalkit.metric import SIDES
-from refusalkit.report.charts import Figure
+from refusalkit.report.figure import Figure
 from refusalkit.report.intervals import chart
 from refusalkit.report.measured import BASELINE, controls_of, interventions
 from refusalkit.report.page import placed, render

@@ -41,7 +41,7 @@ QWEN3_5 = Adapter(
     "qwen3_5",
     # transformers loads the text part of a multimodal checkpoint.
     ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"),
-    (_ATTENTION, _linear("linear_attn", "linear_attn.out_proj")),
+    (_ATTENTION, replace(_linear("linear_attn", "linear_attn.out_proj"), heads="linear_num_value_heads")),
     _MLP,
     family=Family(("I", "As"), thinking="enable_thinking"),
 )

@@ -102,6 +102,28 @@ def read_sums(
     return total  # type: ignore[no-any-return]
 
 
+def last_writes(
+    model: Any, inputs: Inputs, layers: Sequence[tuple[str, str, str, str]], options: Mapping[str, Any]
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]:
+    """Return what every layer writes at the last position, from the paths of attention's projection, of attention, and
+    of what attention and the MLP add.
+
+    That is what enters and what leaves the projection, and the two additions, [row, width] each, and the attention
+    paid there [row, head, position], None where attention keeps no such weights.
+    """
+    prompts = len(inputs["input_ids"])
+    with torch.no_grad(), model.trace(inputs, **options):
+        found = nnsight.save([])
+        for projection, attention, write, mlp in layers:
+            entering = hidden(model.get(projection).input, prompts)[:, -1]
+            leaving = hidden(model.get(projection).output, prompts)[:, -1]
+            output = model.get(attention).output
+            paid = output[1][:, :, -1] if isinstance(output, tuple) and output[1] is not None else None
+            added = hidden(output if write == attention else model.get(write).output, prompts)[:, -1]
+            found.append((entering, leaving, added, hidden(model.get(mlp).output, prompts)[:, -1], paid))
+    return found  # type: ignore[no-any-return]
+
+
 def _stops(options: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
     """Take the option `stop` from those that the model gets."""
     return options.get("stop", True), {name: value for name, value in options.items() if name != "stop"}

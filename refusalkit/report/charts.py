@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import altair as alt
@@ -13,42 +13,18 @@ import altair as alt
 from refusalkit.artifacts import Evaluation
 from refusalkit.metric import SIDES
 from refusalkit.report import estimates, heat_map, intervals
+from refusalkit.report.analyses import parts
+from refusalkit.report.figure import Figure
 from refusalkit.report.measured import costs_first, metrics
 from refusalkit.report.theme import SHAPES, Mode, config
 from refusalkit.report.wording import position, side_name
 from refusalkit.run_directory import Run
 
 
-@dataclass(frozen=True, eq=False)
-class Figure:
-    """Hold one chart and what the page needs to place it."""
-
-    name: str
-    """Names the figure in files: letters, digits, `.`, `_` and `-`."""
-    title: str
-    description: str
-    """What a person who cannot see the chart is told."""
-    chart: alt.LayerChart | alt.FacetChart
-    note: str = ""
-    """One line under the title."""
-    min_width: int = 280
-    """Pixels below which the chart scrolls in its box."""
-    saved_width: int = 640
-    """Width of the plot in a saved picture."""
-
-    def specification(self) -> dict[str, Any]:
-        """Return the Vega-Lite specification, without the theme."""
-        chart = self.chart.properties(description=self.description)
-        document: dict[str, Any] = chart.to_dict()
-        # Altair adds its own default theme, and the schema's address is of no use to a page without a network.
-        document.pop("config", None)
-        document.pop("$schema", None)
-        return document
-
-
 def figures(run: Run) -> tuple[Figure, ...]:
     """Draw every figure of a run, in the order of the page."""
     drawn = (*rate_figures(run), *heat_maps(run), *estimate_figures(run), *separation_figures(run), *mean_figures(run))
+    drawn = (*drawn, *(figure for part in parts(run) for figure in part.figures))
     seen: dict[str, int] = {}
     unique = []
     for figure in drawn:

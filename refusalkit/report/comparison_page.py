@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from refusalkit.artifacts import Evaluation, Result
-from refusalkit.report.charts import Figure, file_name, words
+from refusalkit.report.charts import file_name, words
 from refusalkit.report.comparison import Comparison, Entry, alignment, differing
+from refusalkit.report.figure import Figure
 from refusalkit.report.intervals import chart
 from refusalkit.report.measured import (
     BASELINE,

@@ -31,6 +31,7 @@ def render_json(run: Run, *, show_completions: bool = False) -> str:
         "candidates": _plain(run.choice.scores),
         "separation": _plain(run.evaluation.separation),
         "weight_edits": _plain(run.evaluation.weight_edits),
+        **({} if run.analyses is None else {"analyses": _plain(run.analyses.found)}),
         "completions": generated,
         "environment": run.environment,
         "resolved_recipe": run.recipe,

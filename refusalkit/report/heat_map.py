@@ -23,7 +23,7 @@ MOST_EXTRA = 6
 # One diagonal across the cell.
 HATCH = "M-0.7,0.7L0.7,-0.7"
 # As wide as the cells above it, within reason.
-_LEGEND: dict[str, Any] = {
+LEGEND: dict[str, Any] = {
     "orient": "bottom",
     "direction": "horizontal",
     "gradientLength": alt.ExprRef("clamp(width, 80, 220)"),
@@ -133,7 +133,7 @@ def chart(cells: Sequence[Mapping[str, Any]], score: ScoreKind, rows: Sequence[s
         x=alt.X("layer:O")
         .title("layer")
         .scale(domain=layers, padding=0)
-        .axis(labelAngle=0, values=_ticks(layers), grid=False),
+        .axis(labelAngle=0, values=ticks(layers), grid=False),
         y=alt.Y("position:N").title(None).scale(domain=list(rows), padding=0).axis(grid=False, labelFont="monospace"),
         tooltip=_tooltip(cells),
     )
@@ -152,7 +152,7 @@ def chart(cells: Sequence[Mapping[str, Any]], score: ScoreKind, rows: Sequence[s
     return alt.layer(*drawn).properties(width="container", height=ROW_HEIGHT * len(rows))
 
 
-def _ticks(layers: Sequence[int]) -> list[int]:
+def ticks(layers: Sequence[int]) -> list[int]:
     """Choose layers to label so that at most about twenty are."""
     step = next((step for step in TICK_EVERY if len(layers) / step <= 20), 50)
     return [layer for layer in layers if layer % step == 0]
@@ -178,11 +178,11 @@ def _path(name: str) -> str:
 def _colour(cells: Sequence[Mapping[str, Any]], score: ScoreKind) -> alt.Color:
     values = [value for cell in cells if (value := cell.get(score.name)) is not None]
     most = max((abs(value) for value in values), default=1.0) or 1.0
-    colour = alt.Color(f"{_path(score.name)}:Q").title(score.legend).legend(**_LEGEND, tickCount=3)
+    colour = alt.Color(f"{_path(score.name)}:Q").title(score.legend).legend(**LEGEND, tickCount=3)
     if score.scale == "diverging":
         return colour.scale(domain=[-most, most], range="diverging")
     if score.scale == "ramp":
         # Linear below the paper's threshold of 0.1 nats, logarithmic above it.
         colour = colour.scale(type="symlog", constant=0.1, domain=[0, most], range="ramp")
-        return colour.legend(**_LEGEND, values=[0, 0.1, most] if most > 0.5 else [0, most], format=".2~g")
+        return colour.legend(**LEGEND, values=[0, 0.1, most] if most > 0.5 else [0, most], format=".2~g")
     return colour.scale(domain=[min(values), max(values)] if values else [0, 1], range="ramp")

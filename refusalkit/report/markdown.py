@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from refusalkit.agreement import agreements
 from refusalkit.report import tables
+from refusalkit.report.analyses import parts
 from refusalkit.report.chance import chance
 from refusalkit.report.finding import sentence
 from refusalkit.report.measured import costs_first, metrics, without_number
@@ -40,6 +41,10 @@ def _lines(run: Run) -> Iterator[str]:
     yield f"Layer {choice.layer}, position {choice.position}, by {choice.selector}; found by {run.candidates.strategy}."
     fates = [(fate.status, str(fate.count), str(fate.unscored)) for fate in tables.fates(choice)]
     yield from ("", *_table(("status", "candidates", "not fully scored"), fates, numbers=2), "")
+    for part in parts(run):
+        yield from (f"## {part.title}", "", *part.text, "")
+        for table in part.tables:
+            yield from (*_table(table.heads, table.rows, numbers=table.numbers), "")
     yield from ("## Where the numbers come from", "")
     for title, pairs in (("Model", origin.model), ("Versions", origin.versions), ("Refusal openers", origin.openers)):
         yield from (*_table((title, ""), pairs, numbers=0), "")

@@ -14,9 +14,11 @@ from markupsafe import Markup
 
 from refusalkit.agreement import agreements
 from refusalkit.report import tables
+from refusalkit.report.analyses import parts
 from refusalkit.report.chance import chance
-from refusalkit.report.charts import Figure, figures, svg
+from refusalkit.report.charts import figures, svg
 from refusalkit.report.completions import examples
+from refusalkit.report.figure import Figure
 from refusalkit.report.finding import sentence
 from refusalkit.report.heat_map import BASELINE_STRATEGY
 from refusalkit.report.measured import costs_first, interventions, is_control, metrics, without_number
@@ -37,6 +39,7 @@ def render_html(run: Run, *, show_completions: bool = False) -> str:
         **_found(run),
         **_figures(run),
         **_numbers(run),
+        analyses=[(part, [placed(figure) for figure in part.figures]) for part in parts(run)],
         chance=chance(run.folder.name, run.evaluation),
         harmless=examples(run, "harmless", show_completions=show_completions),
         over_refusal=examples(run, "over_refusal", show_completions=show_completions),

@@ -110,6 +110,8 @@ def _mark_styles(colours: Palette) -> dict[str, dict[str, Any]]:
         "hatch": {"color": colours.muted, "strokeWidth": 1, "strokeOpacity": 0.6},
         "survivor": {"color": colours.ink},
         "chosen": {"color": colours.ink, "strokeWidth": 2},
+        "on-pale": {"color": colours.ink},
+        "on-strong": {"color": colours.paper},
         # Lies under the two above, so that they show on the darkest and the lightest cell.
         "halo": {"color": colours.paper, "strokeWidth": 5},
         "reference": {"color": colours.muted, "strokeWidth": 1, "strokeDash": [3, 3]},

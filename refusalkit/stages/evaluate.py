@@ -293,7 +293,7 @@ def _measured(
         asked = [key for key in evidence if key[1] in part.sides]
         for number, (label, side) in enumerate(asked):
             advance(number, len(asked))
-            found[label, side, part.label] = _result(
+            found[label, side, part.label] = summarise(
                 part, label, _with_sums(evidence[label, side], part, outcomes[label, side]), section.seed
             )
     return tuple(found[*key, part.label] for key in evidence for part in parts if (*key, part.label) in found)
@@ -317,7 +317,8 @@ def _generated(evidence: Mapping[tuple[str, Side], Evidence], results: Sequence[
     )
 
 
-def _result(metric: Metric, label: str, evidence: Evidence, seed: int) -> Result:
+def summarise(metric: Metric, label: str, evidence: Evidence, seed: int) -> Result:
+    """Let one metric measure what became of a side's prompts, and put an interval on it."""
     measured = metric.measure(evidence)
     if metric.kind == "rate":
         interval = wilson(measured.values)
