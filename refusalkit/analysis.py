@@ -1,14 +1,20 @@
 """Say which analyses of a chosen direction a recipe may ask for: those of the paper and of its successors.
 
-An analysis looks at the unmodified model. It runs behind the evaluation, and a recipe that names none has none of it.
+All but `capability` look at the unmodified model. They run behind the evaluation, and a recipe that names none has none
+of it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from refusalkit.errors import InputError
 
 #: A name that a chart and a table can show.
 Name = Annotated[str, StringConstraints(min_length=1, max_length=40)]
@@ -30,9 +36,21 @@ class Analysis(BaseModel):
     reads_weights: ClassVar[bool] = False
     """Whether it looks at weights and inside attention, which only a model on this machine lets it."""
 
+    follows_interventions: ClassVar[bool] = False
+    """Whether it looks at the model under the interventions of `evaluate`."""
+
+    def at(self, folder: Path) -> Self:
+        """Return it for a recipe in `folder`; raise `InputError` for what it needs and this machine does not have."""
+        return self
+
     @property
     def sources(self) -> Mapping[str, str]:
         """The addresses of the prompts it needs beside the run's own, by name."""
+        return {}
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The hashes of the files it reads, by name."""
         return {}
 
 
@@ -104,8 +122,49 @@ class Attribution(Analysis):
     """Seed of the random suffixes."""
 
 
+class Capability(Analysis):
+    """Score tasks of EleutherAI's lm-evaluation-harness, on the unmodified model and under every intervention.
+
+    The harness (`pip install 'refusalkit[capability]'`) prepares, asks and scores; the engine answers. Its tasks are
+    fetched from the model hub where they are not on this machine. The model has to run on this machine.
+    """
+
+    analysis: Literal["capability"] = "capability"
+    follows_interventions = True
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Tasks by the harness's names, such as `[arc_easy, gsm8k]`; `lm_eval ls tasks` lists them."""
+    folder: str | None = None
+    """A folder with tasks of your own, as the harness's YAML files; relative to the recipe."""
+    limit: Count | None = None
+    """The first so many documents of every task; null takes all."""
+    fewshot: Annotated[int, Field(ge=0, strict=True)] | None = None
+    """Examples before every question; null leaves it to the task."""
+    chat_template: bool = False
+    """Put every question into the model's chat template."""
+
+    def at(self, folder: Path) -> Self:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise InputError(
+                "the lm-evaluation-harness is not installed",
+                where="analyze: capability",
+                hint="pip install 'refusalkit[capability]'",
+            )
+        if self.folder is None:
+            return self
+        found = (folder / self.folder).resolve()
+        if not found.is_dir():
+            raise InputError(f"{found} is no folder", where="analyze: capability.folder", hint="name one with tasks")
+        return self.model_copy(update={"folder": str(found)})
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        paths = sorted(path for path in Path(self.folder).rglob("*") if path.is_file()) if self.folder else ()
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
 ANALYSES: Mapping[str, type[Analysis]] = {
     "suffixes": Suffixes,
     "attribution": Attribution,
     "directions": Directions,
+    "capability": Capability,
 }

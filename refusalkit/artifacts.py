@@ -395,7 +395,33 @@ class AttributionFound(Frozen):
     """The heads that write most on harmful prompts, most first, on every group."""
 
 
-Found = Annotated[SuffixesFound | AttributionFound | DirectionsFound, Field(discriminator="analysis")]
+class TaskScore(Frozen):
+    """Hold one number that the lm-evaluation-harness gives to a model under an intervention."""
+
+    intervention: str
+    task: str
+    metric: str
+    """With the harness's filter, where it has one."""
+    value: float
+    low: MaybeNaN
+    high: MaybeNaN
+    n: int
+    """Documents."""
+    kind: Literal["rate", "mean"]
+    values: tuple[float, ...]
+    """A document's number each; empty where the score is not their mean."""
+
+
+class CapabilityFound(Frozen):
+    """Hold what the model can do before and after every intervention."""
+
+    analysis: Literal["capability"] = "capability"
+    version: str
+    """Of the harness."""
+    scores: tuple[TaskScore, ...]
+
+
+Found = Annotated[SuffixesFound | AttributionFound | DirectionsFound | CapabilityFound, Field(discriminator="analysis")]
 
 
 class Analyses(Artifact):

@@ -37,6 +37,10 @@ def check_remote(recipe: Recipe) -> None:
             where="analyze",
             hint=local,
         )
+    if many := [analysis.analysis for analysis in recipe.analyze if analysis.follows_interventions]:
+        raise InputError(
+            f"{many[0]} asks for thousands of answers, more than a shared server is for", where="analyze", hint=local
+        )
     if model.quantize != "none":
         raise InputError("the server decides how weights are stored", where="model.quantize", hint=local)
 

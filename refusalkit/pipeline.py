@@ -204,7 +204,7 @@ def _evaluate(runner: Runner, found: tuple[Activations, Choice], splits: PromptS
 def _analyze(runner: Runner, found: tuple[Activations, Choice], splits: PromptSplits) -> Analyses:
     _ready(runner)
     plan, unmodified = runner.plan, _unmodified(runner, splits)
-    asked = list(zip(plan.recipe.analyze, plan.groups, strict=True))
+    asked = list(zip(plan.analyses, plan.groups, strict=True))
     return analyze.analyze(asked, Findings(plan.evaluate, *found, splits, unmodified, runner.bench()))
 
 

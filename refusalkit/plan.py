@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import refusalkit
+from refusalkit.analysis import Analysis
 from refusalkit.arithmetic import Find, content, fitted
 from refusalkit.artifacts import AS_FOUND, LAYER_CONVENTION, Split
 from refusalkit.checkpoint import Checkpoint, open_checkpoint
@@ -53,6 +54,8 @@ class Plan:
     """The section `find` as it runs on this model, its files looked up."""
     evaluate: EvaluateSection
     """The section `evaluate` as it runs, the texts of its metrics read."""
+    analyses: tuple[Analysis, ...] = ()
+    """The section `analyze` as it runs, its folders looked up."""
     groups: tuple[Mapping[str, tuple[str, ...]], ...] = ()
     """The prompts that each analysis needs beside the run's own, by the name it has for them."""
     host: str | None = None
@@ -153,11 +156,23 @@ def make_plan(
     )
     evaluate = _with_texts(recipe.evaluate, folder, registry)
     keys = _keys((recipe, find, evaluate), registry, checkpoint, (template, request))
+    analyses = tuple(analysis.at(folder) for analysis in recipe.analyze)
     groups = tuple(_groups(recipe, folder, registry))
     if recipe.analyze:
-        keys |= {"analyze": _analyze_key(recipe, registry, groups, keys)}
+        keys |= {"analyze": _analyze_key(recipe, registry, (analyses, groups), keys)}
     return Plan(
-        recipe, registry, checkpoint, template, request, keys, find, evaluate, groups, _host(recipe), keeps_samples
+        recipe,
+        registry,
+        checkpoint,
+        template,
+        request,
+        keys,
+        find,
+        evaluate,
+        analyses,
+        groups,
+        _host(recipe),
+        keeps_samples,
     )
 
 
@@ -172,12 +187,17 @@ def _groups(recipe: Recipe, folder: Path, registry: Registry) -> Iterator[Mappin
 
 
 def _analyze_key(
-    recipe: Recipe, registry: Registry, groups: Sequence[Mapping[str, tuple[str, ...]]], keys: Mapping[str, str]
+    recipe: Recipe,
+    registry: Registry,
+    asked: tuple[Sequence[Analysis], Sequence[Mapping[str, tuple[str, ...]]]],
+    keys: Mapping[str, str],
 ) -> str:
     """Return the content key of the analyses, which follow from the choice and from how refusal is measured."""
-    section = recipe.evaluate.model_dump(mode="json", serialize_as_any=True, exclude={"interventions", "controls"})
+    analyses, groups = asked
+    left_out = set() if any(each.follows_interventions for each in analyses) else {"interventions"}
+    section = recipe.evaluate.model_dump(mode="json", serialize_as_any=True, exclude={"controls", *left_out})
     own = {
-        "analyses": [analysis.model_dump(mode="json") for analysis in recipe.analyze],
+        "analyses": [[each.model_dump(mode="json", exclude={"folder"}), each.files] for each in analyses],
         "groups": groups,
         "evaluate": section,
         "owners": [str(registry.owner("refusalkit_metrics", metric.metric)) for metric in recipe.evaluate.metrics],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ from refusalkit.engine.engine import Engine
 from refusalkit.engine.load import load
 from refusalkit.errors import RunError
 from refusalkit.intervention import NOTHING, Direction, Intervention
+from refusalkit.pipeline import execute
+from refusalkit.plan import make_plan
 from refusalkit.recipe import ModelSection
+from refusalkit.recipe_file import load_recipe
 from refusalkit.registry import load_registry
+from refusalkit.run_directory import read_run
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'refusalkit[capability]'")
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to mend
@@ -101,6 +106,35 @@ def test_an_intervention_answers_as_the_model_with_edited_weights(engine: Engine
     assert_same(ablated, edited)
     with pytest.raises(AssertionError):
         assert_same(plain, ablated)
+
+
+def test_a_run_scores_tasks_before_and_after_and_shows_both(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "able.yaml"
+    path.write_text(
+        "name: able\nmodel: {id: tiny:llama}\n"
+        "prompts: {harmful: tiny:harmful, harmless: tiny:harmless, train: 16, validation: 8, test: 8}\n"
+        "evaluate: {interventions: [ablate, orthogonalize], metrics: [refusal_score]}\n"
+        f"analyze: [{{analysis: capability, tasks: [toy_choice, toy_text], folder: {folder}, limit: 8}}]\n",
+        encoding="utf-8",
+    )
+    registry = load_registry(entry_points=False)
+    execute(make_plan(load_recipe(path, registry), path.parent, registry), tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    assert run.analyses is not None
+    (found,) = run.analyses.found
+    scores = {(each.intervention, each.task, each.metric): each for each in found.scores}
+    assert {key[0] for key in scores} == {"none", "ablate", "orthogonalize"}
+    for metric in ("acc", "acc_norm"):
+        score = scores["none", "toy_choice", metric]
+        assert score.n == len(score.values) == 8
+        assert score.low < score.value < score.high or score.value in (0, 1)
+    # The harness has no number a document for it, and no error: no interval is made up.
+    assert math.isnan(scores["none", "toy_text", "word_perplexity"].low)
+    both = [scores[label, "toy_text", "word_perplexity"].value for label in ("ablate", "orthogonalize")]
+    assert both[0] == pytest.approx(both[1], rel=1e-3)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "What the model can still do" in page
+    assert page.count("toy_choice") >= 6
 
 
 def test_an_unknown_task_is_named(engine: Engine, folder: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from refusalkit.artifacts import AttributionFound, DirectionsFound, Found, SuffixesFound
+from refusalkit.artifacts import AttributionFound, CapabilityFound, DirectionsFound, Found, SuffixesFound
 from refusalkit.report.attribution import attribution
+from refusalkit.report.capability import capability
 from refusalkit.report.directions import directions
 from refusalkit.report.part import Part
 from refusalkit.report.suffixes import suffixes
@@ -24,3 +25,5 @@ def _part(run: Run, found: Found, name: str) -> Part:
             return attribution(run, found, name)
         case DirectionsFound():
             return directions(run, found, name)
+        case CapabilityFound():
+            return capability(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from refusalkit.artifacts import CapabilityFound, TaskScore
 from refusalkit.paired import Difference, Sample, holm
 from refusalkit.paired import difference as compared
@@ -39,11 +41,14 @@ def capability(found: CapabilityFound) -> Part:
 def _change(first: TaskScore, second: TaskScore) -> Difference | None:
     if not first.values or len(first.values) != len(second.values):
         return None
-    return compared(Sample(first.values), Sample(second.values), second.kind)
+    kind: Literal["rate", "mean"] = "rate" if first.kind == second.kind == "rate" else "mean"
+    return compared(Sample(first.values), Sample(second.values), kind)
 
 
 def _row(score: TaskScore, change: Difference | None, p: float | None) -> tuple[str, ...]:
-    shown = [number(bound) if score.kind == "mean" else percent(bound) for bound in (score.value, score.low, score.high)]
+    shown = [
+        number(bound) if score.kind == "mean" else percent(bound) for bound in (score.value, score.low, score.high)
+    ]
     return (
         score.task,
         score.metric,

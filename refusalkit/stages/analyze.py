@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from refusalkit.analysis import Analysis, Attribution, Directions, Suffixes
+from refusalkit.analysis import Analysis, Attribution, Capability, Directions, Suffixes
 from refusalkit.artifacts import Analyses, Found
 from refusalkit.stages.attribution import attribute
+from refusalkit.stages.capability import study_capability
 from refusalkit.stages.compare_directions import Groups, compare_directions
 from refusalkit.stages.findings import Findings
 from refusalkit.stages.suffixes import study_suffixes
@@ -25,5 +26,7 @@ def _one(analysis: Analysis, groups: Groups, findings: Findings) -> Found:
             return attribute(analysis, findings)
         case Directions():
             return compare_directions(analysis, groups, findings)
+        case Capability():
+            return study_capability(analysis, findings)
         case _:
             raise NotImplementedError(analysis.analysis)

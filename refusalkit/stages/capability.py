@@ -11,7 +11,7 @@ from refusalkit.analysis import Capability
 from refusalkit.artifacts import CapabilityFound, TaskScore
 from refusalkit.intervals import Interval, bootstrap, wilson
 from refusalkit.intervention import NOTHING
-from refusalkit.stages.cases import Case, all_cases
+from refusalkit.stages.cases import Case, all_cases, calibrated, chosen_direction
 from refusalkit.stages.findings import Findings
 
 _Z = 1.96
@@ -23,27 +23,28 @@ def study_capability(analysis: Capability, findings: Findings) -> CapabilityFoun
     """Let the harness score the unmodified model, and the model under each intervention, controls left out."""
     import lm_eval
 
-    scores: list[TaskScore] = []
     alone = findings.section.model_copy(update={"controls": 0})
-    for case in all_cases(alone, findings.chosen, None):
+    direction = chosen_direction(findings.activations, findings.choice)
+    direction = calibrated(alone, direction, findings.splits, findings.bench)
+    scores: list[TaskScore] = []
+    for case in all_cases(alone, direction, None):
         scores += _scores(case.label, _asked(case, analysis, findings), findings.section.seed)
-    return CapabilityFound(version=str(lm_eval.__version__), fewshot=analysis.fewshot, scores=tuple(scores))
+    return CapabilityFound(version=str(lm_eval.__version__), scores=tuple(scores))
 
 
 def _asked(case: Case, analysis: Capability, findings: Findings) -> dict[str, Any]:
     from refusalkit.stages.harness import EngineLM, ask
 
     bench, change = findings.bench, case.intervention
-    edited = change.weights is not None
-    model = EngineLM(
-        bench.engine, bench.template.tokenizer, NOTHING if edited else change, bench.advance(f"tasks under {case.label}")
-    )
+    basis = change.weights
+    acting = change if basis is None else NOTHING
+    model = EngineLM(bench.engine, bench.template.tokenizer, acting, bench.advance(f"tasks under {case.label}"))
     options = {
         "num_fewshot": analysis.fewshot,
         "limit": analysis.limit,
         "apply_chat_template": analysis.chat_template,
     }
-    with bench.engine.edited_weights(change.weights, change.keeps_norms) if edited else nullcontext():
+    with nullcontext() if basis is None else bench.engine.edited_weights(basis, change.keeps_norms):
         return ask(model, analysis.tasks, analysis.folder, options)
 
 
@@ -57,7 +58,9 @@ def _scores(label: str, found: Mapping[str, Any], seed: int) -> Iterator[TaskSco
             values = _values(found["samples"].get(task, ()), metric, kept)
             mean = bool(values) and math.isclose(sum(values) / len(values), value, abs_tol=1e-9)
             n = int(found["n-samples"].get(task, {}).get("effective", 0))
-            interval = _interval(values, seed) if mean else _around(float(value), numbers.get(f"{metric}_stderr,{kept}"), n)
+            interval = (
+                _interval(values, seed) if mean else _around(float(value), numbers.get(f"{metric}_stderr,{kept}"), n)
+            )
             yield TaskScore(
                 intervention=label,
                 task=task,

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from refusalkit import algebra
+from refusalkit.artifacts import Activations, Choice, PromptSplits
+from refusalkit.engine.request import Capture
 from refusalkit.intervention import NOTHING, Direction, Intervention, InterventionSpec
 from refusalkit.recipe import EvaluateSection
+from refusalkit.stages.bench import Bench
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +24,31 @@ class Case:
     intervention: Intervention
     acts: bool
     """Whether it is meant to change anything."""
+
+
+def chosen_direction(activations: Activations, choice: Choice) -> Direction:
+    """Return the direction of a run, with the means at its position."""
+    row = activations.positions.index(choice.position)
+    return Direction(
+        choice.direction.float(),
+        choice.position,
+        choice.layer,
+        activations.harmless_mean.shape[1],
+        activations.site,
+        activations.harmless_mean[row].float(),
+        activations.harmful_mean[row].float(),
+    )
+
+
+def calibrated(section: EvaluateSection, direction: Direction, splits: PromptSplits, bench: Bench) -> Direction:
+    """Read harmless validation prompts along with `direction` where interventions set their thresholds by them."""
+    layers = sorted({layer for spec in section.interventions for layer in spec.calibrated_in(direction.layer)})
+    if not layers:
+        return direction
+    tokens = bench.tokens(splits.of("harmless", "validation"))
+    request = Capture(tokens, (direction.position,), direction.site, keep_samples=True, layers=tuple(layers))
+    (found,) = bench.engine.run([request], bench.advance("validation prompts"))
+    return replace(direction, validation=dict(zip(layers, found.samples[:, 0].unbind(1), strict=True)))
 
 
 def all_cases(section: EvaluateSection, direction: Direction, shuffled: Tensor | None) -> list[Case]:

@@ -22,7 +22,7 @@ from refusalkit.artifacts import (
     WeightEdit,
 )
 from refusalkit.builtin.interventions import ablate_everywhere
-from refusalkit.engine.request import Capture, Completions, Cosines, Readings, Request, reading
+from refusalkit.engine.request import Completions, Cosines, Readings, Request, reading
 from refusalkit.errors import RunError
 from refusalkit.intervals import bootstrap, wilson
 from refusalkit.intervention import NOTHING, Direction, Intervention
@@ -41,7 +41,7 @@ from refusalkit.stages.asking import (
     sums_of,
 )
 from refusalkit.stages.bench import Bench
-from refusalkit.stages.cases import Case, all_cases
+from refusalkit.stages.cases import Case, all_cases, calibrated, chosen_direction
 
 
 def complete(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> Unmodified:
@@ -75,16 +75,7 @@ def evaluate(
     """
     activations, choice = found
     row = activations.positions.index(choice.position)
-    direction = Direction(
-        choice.direction.float(),
-        choice.position,
-        choice.layer,
-        activations.harmless_mean.shape[1],
-        activations.site,
-        activations.harmless_mean[row].float(),
-        activations.harmful_mean[row].float(),
-    )
-    direction = replace(direction, validation=_calibration(section, direction, splits, bench))
+    direction = calibrated(section, chosen_direction(activations, choice), splits, bench)
     shuffled = None if activations.shuffled is None else activations.shuffled[row, choice.layer].float()
     cases = all_cases(section, direction, shuffled)
     written = unmodified.completions
@@ -112,19 +103,6 @@ def evaluate(
         separation=separation,
         weight_edits=tuple(edits),
     )
-
-
-def _calibration(
-    section: EvaluateSection, direction: Direction, splits: PromptSplits, bench: Bench
-) -> Mapping[int, Tensor]:
-    """Read harmless validation prompts where interventions set their thresholds by them: by layer [prompt, d_model]."""
-    layers = sorted({layer for spec in section.interventions for layer in spec.calibrated_in(direction.layer)})
-    if not layers:
-        return {}
-    tokens = bench.tokens(splits.of("harmless", "validation"))
-    request = Capture(tokens, (direction.position,), direction.site, keep_samples=True, layers=tuple(layers))
-    (found,) = bench.engine.run([request], bench.advance("validation prompts"))
-    return dict(zip(layers, found.samples[:, 0].unbind(1), strict=True))
 
 
 def _on_activations(
