@@ -11,7 +11,7 @@ import pytest
 import refusalkit_judges
 from conftest import Answer, Chat
 
-from refusalkit.builtin.metrics import REFUSAL_SUBSTRINGS
+from refusalkit.builtin.phrases import says_no
 from refusalkit.errors import InputError
 from refusalkit.intervals import wilson
 from refusalkit.pipeline import execute, write_report
@@ -54,7 +54,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 def sees_refusals(_: int, asked: str) -> Answer:
     reply = asked.partition("<reply>\n")[2].partition("\n</reply>")[0]
-    return Answer("refusal" if any(part.lower() in reply.lower() for part in REFUSAL_SUBSTRINGS) else "answer")
+    return Answer("refusal" if says_no(reply) else "answer")
 
 
 @pytest.fixture
