@@ -18,6 +18,7 @@ import zstandard
 from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend
 
+from refusalkit.artifacts import Activations, Unmodified
 from refusalkit.builtin.interventions import ablate_everywhere
 from refusalkit.checkpoint import open_checkpoint
 from refusalkit.engine import work
@@ -45,9 +46,15 @@ from refusalkit.errors import InputError, RunError
 from refusalkit.intervention import NOTHING, Direction, Edit, Gate, Intervention, Place
 from refusalkit.plan import Plan
 from refusalkit.plan_text import describe
+from refusalkit.progress import Silent
 from refusalkit.recipe import ModelSection
 from refusalkit.registry import Registry
+from refusalkit.run_directory import read_run
 from refusalkit.selector import Measure
+from refusalkit.stages.analyze import analyze
+from refusalkit.stages.bench import Bench
+from refusalkit.stages.findings import Findings
+from refusalkit.store import Store
 
 PlanOf = Callable[..., Plan]
 SERVER = ("model.where=ndif", "model.host=http://127.0.0.1:9")
@@ -147,6 +154,29 @@ def assert_close(ours: Any, theirs: Any, what: str) -> None:
             assert_close(value, vars(theirs)[name], f"{what}.{name}")
     else:
         assert ours == theirs, what
+
+
+def test_analyses_find_as_here(
+    engine: Engine, remote: RemoteEngine, plan_of: Callable[..., Plan], finished_run: Path
+) -> None:
+    plan = plan_of("analyze=[{analysis: suffixes, append: {a: please}}, {analysis: directions, positions: [-2, -1]}]")
+    run, store = read_run(finished_run), Store(finished_run)
+    activations, unmodified = store.load(Activations), store.load(Unmodified)
+    assert activations is not None
+    assert unmodified is not None
+
+    def found(model: Engine | RemoteEngine) -> tuple[Any, ...]:
+        bench = Bench(model, plan.template, Silent())
+        findings = Findings(plan.evaluate, activations, run.choice, run.prompts, unmodified, bench)
+        return analyze(list(zip(plan.recipe.analyze, plan.groups, strict=True)), findings).found
+
+    (suffixes, directions), (other_suffixes, other_directions) = found(engine), found(remote)
+    for one, other in zip(suffixes.groups, other_suffixes.groups, strict=True):
+        assert one.mean == pytest.approx(other.mean, abs=1e-4)
+        values = [[result.value for result in group.results] for group in (one, other)]
+        assert values[0] == pytest.approx(values[1], abs=1e-4)
+    for one, other in zip(directions.pairs, other_directions.pairs, strict=True):
+        assert one.between_halves == pytest.approx(other.between_halves, abs=1e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize("most", [1.0, 7.0, 25.0, 1e9])
