@@ -109,6 +109,10 @@ class Plan:
         }
 
 
+#: The prompts of every side, by split.
+Pools = dict[Side, dict[Split, tuple[str, ...]]]
+
+
 def make_plan(
     recipe: Recipe, folder: Path, registry: Registry, *, keeps_samples: bool = False, measured: Split = "test"
 ) -> Plan:
@@ -128,17 +132,8 @@ def make_plan(
     wanted = recipe.find.reads_at if recipe.capture.positions == "auto" else recipe.capture.positions
     if recipe.select.openers != "auto":
         _check_openers(recipe.select.openers, template)
-    request = Request(
-        harmful=pools["harmful"],
-        harmless=pools["harmless"],
-        positions=template.positions(wanted if isinstance(wanted, tuple) else (wanted,)),
-        filter=recipe.prompts.filter,
-        openers=recipe.select.openers,
-        family_openers=checkpoint.adapter.family.openers,
-        duplicates_dropped=dropped,
-        over_refusal=pools.get("over_refusal"),
-        openers_needed=recipe.prompts.filter or recipe.select.scores_refusals,
-    )
+    positions = template.positions(wanted if isinstance(wanted, tuple) else (wanted,))
+    request = _request(recipe, pools, checkpoint, positions, dropped)
     _check_sides(recipe)
     _check_finds_again(recipe)
     for metric in recipe.evaluate.metrics:
@@ -173,6 +168,20 @@ def make_plan(
         groups,
         _host(recipe),
         keeps_samples,
+    )
+
+
+def _request(recipe: Recipe, pools: Pools, checkpoint: Checkpoint, positions: tuple[int, ...], dropped: int) -> Request:
+    return Request(
+        harmful=pools["harmful"],
+        harmless=pools["harmless"],
+        positions=positions,
+        filter=recipe.prompts.filter,
+        openers=recipe.select.openers,
+        family_openers=checkpoint.adapter.family.openers,
+        duplicates_dropped=dropped,
+        over_refusal=pools.get("over_refusal"),
+        openers_needed=recipe.prompts.filter or recipe.select.scores_refusals,
     )
 
 
@@ -309,9 +318,7 @@ def _check_variable(name: str, template: ChatTemplate, where: str) -> None:
         )
 
 
-def read_pools(
-    section: PromptsSection, folder: Path, registry: Registry
-) -> tuple[dict[Side, dict[Split, tuple[str, ...]]], int]:
+def read_pools(section: PromptsSection, folder: Path, registry: Registry) -> tuple[Pools, int]:
     """Read the prompts of every side and divide them into splits; also count the duplicates that were dropped.
 
     Raises `InputError` for a prompt that stands in two splits.
