@@ -313,6 +313,18 @@ def test_a_random_direction_that_does_the_same_takes_the_credit_away(choice: Cho
     assert "changes this by 88 points" in said
 
 
+def test_a_control_that_breaks_the_model_is_named_and_takes_no_credit(choice: Choice) -> None:
+    rates = evaluation_of({"none": (0.98, 0.0), "ablate": (0.03, 0.0), "ablate_shuffled": (0.1, 0.0)})
+    costs = [mean("ablate", "harmless", "kl", 0.4), mean("ablate_shuffled", "harmless", "kl", 1.9)]
+    said = sentence(choice, rates.model_copy(update={"results": (*rates.results, *costs)}))
+    assert "switches refusal off" in said
+    assert "ablate_shuffled takes it to 10% [5, 20] but breaks the model, at a KL of 1.90 nats" in said
+    # Where the direction breaks as much, the control counts.
+    costs[0] = mean("ablate", "harmless", "kl", 1.2)
+    said = sentence(choice, rates.model_copy(update={"results": (*rates.results, *costs)}))
+    assert "but so does a control direction" in said
+
+
 def test_missing_interventions_are_named(choice: Choice) -> None:
     only_adding = sentence(choice, evaluation_of({"none": (0.98, 0.02), "steer(scale=2.0)": (1.0, 0.97)}))
     assert "switches refusal on: adding it 2 times makes 97%" in only_adding

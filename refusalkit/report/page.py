@@ -143,6 +143,7 @@ def _numbers(run: Run) -> dict[str, Any]:
     return {
         "has_controls": any(map(is_control, interventions(evaluation))),
         "rate_tables": {name: tables.by_intervention(evaluation, [name]) for name in rates},
+        "refusals_alone": all("refusal" in name for name in rates),
         "mean_table": tables.by_intervention(evaluation, means),
         "missing_table": tables.by_intervention(evaluation, without_number(evaluation)),
         "agreement_rows": tables.agreement_rows(agreements(evaluation.results)),
