@@ -71,7 +71,8 @@ def _capture(plan: Plan) -> Cost:
     asked = [prompt for side in plan.sides for prompt in plan.prompts.sides[side]["train"]]
     work = _tokens(plan, asked)
     size = plan.n_candidates * plan.checkpoint.d_model
-    down = len(asked) * size * _FLOAT32 if plan.needs == "samples" else len(plan.sides) * size * _FLOAT64
+    # The means of two halves a side.
+    down = len(asked) * size * _FLOAT32 if plan.needs == "samples" else 2 * len(plan.sides) * size * _FLOAT64
     return Cost(_jobs(work), _SOURCE + _PER_TOKEN * work, down)
 
 
