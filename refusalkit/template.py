@@ -184,10 +184,8 @@ class ChatTemplate:
         """
         prompt = self.text(instruction)
         alone, whole = self.encode(prompt), self.encode(prompt + answer)
-        shared = 0
-        while shared < min(len(alone), len(whole)) and alone[shared] == whole[shared]:
-            shared += 1
-        return whole[:shared], whole[shared:]
+        shared = _in_common([alone, whole])
+        return shared, whole[len(shared) :]
 
     def around(self) -> tuple[str, str]:
         """Return the text before and after the instruction."""

@@ -34,7 +34,7 @@ def made(**refused: int) -> Evaluation:
 
 def test_every_effect_is_tested_against_the_model_its_controls_and_the_others() -> None:
     evaluation = made(none=38, ablate=3, ablate_random=37, ablate_shuffled=36, steer=40, steer_random=38)
-    found = effects("run", evaluation)
+    found = effects(evaluation)
     pairs = [[(c.first.intervention, c.second.intervention) for c in changes] for changes in
              (found.from_unmodified, found.from_controls, found.between)]  # fmt: skip
     assert pairs == [
@@ -59,7 +59,7 @@ def test_a_smaller_difference_than_the_least_is_never_found_and_the_likely_one_i
 def test_with_five_prompts_nothing_can_be_found() -> None:
     assert all(map(math.isnan, detectable(5)))
     evaluation = Evaluation(results=(rate("none", 1).model_copy(update={"n": 5}),), generated=(), separation=())
-    assert "no difference can be told from chance" in chance("run", evaluation).power[0]
+    assert "no difference can be told from chance" in chance(evaluation).power[0]
 
 
 def test_a_run_leaves_its_tests_behind_and_its_page_shows_them(finished_run: Path) -> None:

@@ -87,7 +87,7 @@ assert many < 1.05 * few, (few, many)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("call", ["last_logits", "read_sums", "generate", "completion_losses", "gradients"])
+@pytest.mark.parametrize("call", ["last_logits", "read_sums", "generate", "kept_logits", "gradients"])
 def test_a_run_whose_memory_runs_out_in_the_middle_of_a_stage_finishes_with_the_same_numbers(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

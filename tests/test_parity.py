@@ -223,7 +223,7 @@ def test_cosmic_bypasses_most_refusals_on_a_real_model_where_little_kl_is_allowe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["pca", "logistic_probe", "lda"])
+@pytest.mark.parametrize("strategy", ["pca", "logistic_probe", "lda", "leace"])
 def test_other_strategies_are_compared_with_the_difference_in_means_on_a_real_model(
     strategy: str, model: Path, tmp_path: Path
 ) -> None:

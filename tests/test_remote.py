@@ -181,7 +181,9 @@ def test_analyses_find_as_here(
 
 @pytest.mark.parametrize("most", [1.0, 7.0, 25.0, 1e9])
 def test_cutting_loses_nothing_and_keeps_to_the_limit(most: float) -> None:
-    calls = [Call(work.losses, tuple(range(n)), (), cost) for n, cost in ((5, 3.0), (1, 40.0), (12, 1.0), (2, 10.0))]
+    calls = [
+        Call(work.likelihoods, tuple(range(n)), (), cost) for n, cost in ((5, 3.0), (1, 40.0), (12, 1.0), (2, 10.0))
+    ]
     jobs = cut(calls, most)
     seen = [(number, item) for job in jobs for number, start, stop in job for item in range(start, stop)]
     assert seen == [(number, item) for number, call in enumerate(calls) for item in call.items]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from refusalkit.builtin.phrases import says_no
 from refusalkit.metric import Count, Evidence, Metric, TextMetric, Values, Verdict
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class RefusalRate(Metric):
@@ -82,10 +85,7 @@ class TokenKL(Metric):
     sides = ("harmless",)
 
     def measure(self, evidence: Evidence) -> Values:
-        assert evidence.token_kl is not None
-        assert evidence.n_tokens is not None
-        tokens = evidence.n_tokens.double()
-        return Values(tuple((evidence.token_kl / tokens).tolist()), tuple(tokens.tolist()))
+        return _per_token(evidence.token_kl, evidence)
 
 
 class CrossEntropy(Metric):
@@ -102,7 +102,7 @@ class CrossEntropy(Metric):
     sides = ("harmless",)
 
     def measure(self, evidence: Evidence) -> Values:
-        return _per_token(evidence)
+        return _per_token(evidence.losses, evidence)
 
 
 class TextCrossEntropy(TextMetric):
@@ -120,7 +120,7 @@ class TextCrossEntropy(TextMetric):
     """Where the texts come from, as prompts do: `file:PATH#FIELD`, `hf:NAME@REVISION?field=text`, or a few built in."""
 
     def measure(self, evidence: Evidence) -> Values:
-        return _per_token(evidence)
+        return _per_token(evidence.losses, evidence)
 
 
 class AnswerCrossEntropy(TextMetric):
@@ -140,7 +140,7 @@ class AnswerCrossEntropy(TextMetric):
     the paper."""
 
     def measure(self, evidence: Evidence) -> Values:
-        return _per_token(evidence)
+        return _per_token(evidence.losses, evidence)
 
 
 class Perplexity(Metric):
@@ -158,7 +158,9 @@ class Perplexity(Metric):
 
     def measure(self, evidence: Evidence) -> Values:
         # A mean loss is bounded by the largest gap of logits; what overflows is infinite and no mean.
-        return Values(tuple(math.exp(loss) if loss < 700 else math.nan for loss in _per_token(evidence).values))
+        return Values(
+            tuple(math.exp(loss) if loss < 700 else math.nan for loss in _per_token(evidence.losses, evidence).values)
+        )
 
 
 class Repetition(Metric):
@@ -202,12 +204,12 @@ class Projection(Metric):
         return Values(tuple(evidence.projections.tolist()))
 
 
-def _per_token(evidence: Evidence) -> Values:
-    """Return the mean loss of each prompt's tokens, weighted by their number."""
-    assert evidence.losses is not None
+def _per_token(sums: Tensor | None, evidence: Evidence) -> Values:
+    """Divide sums [prompt] over each prompt's tokens by the number of these, which is what the prompt counts."""
+    assert sums is not None
     assert evidence.n_tokens is not None
     tokens = evidence.n_tokens.double()
-    return Values(tuple((evidence.losses / tokens).tolist()), tuple(tokens.tolist()))
+    return Values(tuple((sums / tokens).tolist()), tuple(tokens.tolist()))
 
 
 METRICS = (

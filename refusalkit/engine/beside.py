@@ -20,30 +20,6 @@ if TYPE_CHECKING:
     from refusalkit.engine.engine import Engine
 
 
-def losses(
-    engine: Engine,
-    prompts: Sequence[Tokens],
-    completions: Sequence[Tokens],
-    intervention: Intervention | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy [prompt] float64, in nats, of given completions, and their lengths [prompt]."""
-    counts = torch.tensor([len(completion) for completion in completions])
-    found = torch.zeros(len(prompts), dtype=torch.float64)
-    whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-
-    def run(group: Batch, _: dict[str, Any]) -> None:
-        rows = list(group.indices)
-        width, ends = targets(group, counts)
-        program = lower([intervention or NOTHING], engine.layout, len(rows), engine.device)
-        program = counted_from(program, counts[rows, None].to(engine.device))
-        options = {"logits_to_keep": width, "use_cache": False}
-        found[rows] = blocks.completion_losses(engine.model, group.repeated(1), program, ends, options).cpu()
-        engine.prompt_passes += len(rows)
-
-    engine._over(whole, run)
-    return found, counts
-
-
 def likelihoods(
     engine: Engine, prompts: Sequence[Tokens], completions: Sequence[Tokens], intervention: Intervention | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -66,6 +42,14 @@ def likelihoods(
 
     engine._over(whole, run)
     return found, greedy
+
+
+def losses(
+    engine: Engine, prompts: Sequence[Tokens], completions: Sequence[Tokens], intervention: Intervention | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy [prompt] float64, in nats, of given completions, and their lengths [prompt]."""
+    found, _ = likelihoods(engine, prompts, completions, intervention)
+    return -found, torch.tensor([len(completion) for completion in completions])
 
 
 def completion_kl(

@@ -15,7 +15,7 @@ import nnsight
 import torch
 from torch import Tensor
 
-from refusalkit.algebra import Seen, apply, completion_loss, decide, drawn_log_probability, hidden, refusal_score
+from refusalkit.algebra import Seen, apply, decide, drawn_log_probability, hidden, refusal_score
 from refusalkit.engine.lower import Program
 
 Inputs = Mapping[str, Tensor]
@@ -167,18 +167,6 @@ def gradients(
         states = nnsight.save([hidden(value.detach(), prompts) for value in kept])
         found = nnsight.save(found)
     return states, found
-
-
-def completion_losses(
-    model: Any, inputs: Inputs, program: Program, targets: tuple[Tensor, Tensor], options: Mapping[str, Any]
-) -> Tensor:
-    """Return the summed cross-entropy [row] of the target tokens that the mask marks (token_ids, mask)."""
-    token_ids, mask = targets
-    prompts = len(inputs["input_ids"])
-    with torch.no_grad(), model.trace(inputs, **options):
-        list(walk(model, program, (prompts, 0, [])))
-        losses = nnsight.save(completion_loss(model.output.logits, token_ids, mask))
-    return losses  # type: ignore[no-any-return]
 
 
 def generate(model: Any, inputs: Inputs, program: Program, options: Mapping[str, Any]) -> Tensor:

@@ -21,16 +21,7 @@ from torch import Tensor
 from refusalkit import algebra
 from refusalkit.adapter import Adapter
 from refusalkit.engine import attribution, blocks, weights
-from refusalkit.engine.batch import (
-    Batch,
-    Tokens,
-    batch,
-    check_lengths,
-    chunks,
-    halved,
-    prefix_inputs,
-    shared_prefix,
-)
+from refusalkit.engine.batch import Batch, Tokens, batch, check_lengths, chunks, halved, prefix_inputs, shared_prefix
 from refusalkit.engine.beside import completion_kl, likelihoods, losses, projections
 from refusalkit.engine.layout import layout_of
 from refusalkit.engine.lower import Pack, counted_from, lower, packs

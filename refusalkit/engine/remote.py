@@ -298,20 +298,11 @@ class RemoteEngine:
         return Call(work.completions, inputs, fixed, most), written
 
     def _losses(self, request: Losses) -> Question:
-        groups, counts, items = self._following(request)
-        return Call(work.losses, items, (), _per_batch(groups)), lambda found: (_in_order(groups, found), counts)
+        call, scored = self._likelihoods(request)
+        counts = torch.tensor([len(completion) for completion in request.completions])
+        return call, lambda found: (-scored(found)[0], counts)
 
-    def _likelihoods(self, request: Likelihoods) -> Question:
-        groups, _, items = self._following(request)
-
-        def scored(found: list[Tensor]) -> tuple[Tensor, Tensor]:
-            sums, greedy = _in_order(groups, found).unbind(1)
-            return sums, greedy.bool()
-
-        return Call(work.likelihoods, items, (), _per_batch(groups)), scored
-
-    def _following(self, request: Losses | Likelihoods) -> tuple[list[Batch], Tensor, tuple[Any, ...]]:
-        """Batch prompts with their completions: the batches, the completions' lengths, and what the work is given."""
+    def _likelihoods(self, request: Losses | Likelihoods) -> Question:
         counts = torch.tensor([len(completion) for completion in request.completions])
         whole = [prompt + made for prompt, made in zip(request.prompts, request.completions, strict=True)]
         groups = self._batches(whole)
@@ -321,7 +312,12 @@ class RemoteEngine:
             width, ends = targets(group, counts)
             counted = counted_from(program, counts[list(group.indices), None])
             items.append((group.repeated(1), counted, ends, width))
-        return groups, counts, tuple(items)
+
+        def scored(found: list[Tensor]) -> tuple[Tensor, Tensor]:
+            sums, greedy = _in_order(groups, found).unbind(1)
+            return sums, greedy.bool()
+
+        return Call(work.likelihoods, tuple(items), (), _per_batch(groups)), scored
 
     def _cosines(self, request: Cosines) -> Question:
         check_lengths(request.prompts, (request.position,))

@@ -166,8 +166,19 @@ class Projections:
     place: Place
 
 
-Asked = Capture | Scores | States | Openings | Readings | Completions | Losses | Cosines
-Request = Asked | CompletionKL | Likelihoods | Projections
+Request = (
+    Capture
+    | Scores
+    | States
+    | Openings
+    | Readings
+    | Completions
+    | Losses
+    | Likelihoods
+    | Cosines
+    | CompletionKL
+    | Projections
+)
 
 
 def answer(engine: Engine, request: Request, advance: Advance | None) -> Any:

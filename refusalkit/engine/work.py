@@ -19,7 +19,6 @@ from torch import Tensor
 from refusalkit.algebra import all_greedy, completion_loss, kl_along, kl_nats, refusal_score, unit
 from refusalkit.engine.blocks import (
     Inputs,
-    completion_losses,
     generate,
     generate_plainly,
     kept_logits,
@@ -185,14 +184,6 @@ def completions(
         ids = generate(model, inputs, steps, options) if steps else generate_plainly(model, inputs, options)
         found.append(ids[:, inputs["input_ids"].shape[1] :].int().cpu())
     return found
-
-
-def losses(model: Any, batches: Sequence[tuple[Inputs, Program, tuple[Tensor, Tensor], int]]) -> list[Tensor]:
-    """Return for every batch the summed cross-entropy [row] float64 of its target tokens, the last `width`."""
-    return [
-        completion_losses(model, inputs, program, targets, {"logits_to_keep": width, "use_cache": False}).cpu()
-        for inputs, program, targets, width in batches
-    ]
 
 
 def likelihoods(model: Any, batches: Sequence[tuple[Inputs, Program, tuple[Tensor, Tensor], int]]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from refusalkit.artifacts import AttributionFound, AttributionGroup, HeadFound
 from refusalkit.report.figure import Figure
 from refusalkit.report.grid import Square, grid
 from refusalkit.report.part import Part, Plain
-from refusalkit.report.wording import NOTHING_TO_SHOW, number, percent
+from refusalkit.report.wording import NOTHING_TO_SHOW, bracketed, percent
 from refusalkit.run_directory import Run
 
 _WHAT = (
@@ -65,7 +65,7 @@ def _row(head: HeadFound) -> tuple[str, ...]:
     return (
         f"layer {head.layer}, head {head.head}",
         head.label,
-        f"{number(head.value)} [{number(head.low)}, {number(head.high)}]",
+        bracketed(head.value, head.low, head.high),
         _share(head.on_instruction),
         _share(head.on_suffix),
     )

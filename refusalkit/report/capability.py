@@ -9,7 +9,7 @@ from refusalkit.paired import Difference, Sample, holm
 from refusalkit.paired import difference as compared
 from refusalkit.report.measured import BASELINE
 from refusalkit.report.part import Part, Plain
-from refusalkit.report.wording import NOTHING_TO_SHOW, difference, number, p_value, percent
+from refusalkit.report.wording import NOTHING_TO_SHOW, difference, p_value, without_count
 
 _TEXT = (
     "Tasks of EleutherAI's lm-evaluation-harness {version}, scored by it on the unmodified model and under every "
@@ -46,15 +46,12 @@ def _change(first: TaskScore, second: TaskScore) -> Difference | None:
 
 
 def _row(score: TaskScore, change: Difference | None, p: float | None) -> tuple[str, ...]:
-    shown = [
-        number(bound) if score.kind == "mean" else percent(bound) for bound in (score.value, score.low, score.high)
-    ]
     return (
         score.task,
         score.metric,
         score.intervention,
         str(score.n),
-        f"{shown[0]} [{shown[1].rstrip('%')}, {shown[2].rstrip('%')}]",
+        without_count(score),
         NOTHING_TO_SHOW if change is None else difference(change, score.kind),
         NOTHING_TO_SHOW if p is None else p_value(p),
     )

@@ -28,9 +28,9 @@ class Chance:
     power: tuple[str, ...]
 
 
-def chance(run: str, evaluation: Evaluation) -> Chance:
+def chance(evaluation: Evaluation) -> Chance:
     """Test every effect of a run."""
-    found = effects(run, evaluation)
+    found = effects(evaluation)
     order = interventions(evaluation)
     first = sorted(
         (*found.from_unmodified, *found.from_controls),

@@ -23,7 +23,7 @@ class Change:
     """Hold one difference between two conditions on the same prompts."""
 
     run: str
-    """The run that the second condition is of."""
+    """The run that the second condition is of, where there are several."""
     first: Result
     second: Result
     found: Difference
@@ -47,15 +47,15 @@ class Effects:
     """Every two interventions."""
 
 
-def effects(run: str, evaluation: Evaluation) -> Effects:
+def effects(evaluation: Evaluation) -> Effects:
     """Make every paired test of one run."""
     labels = interventions(evaluation)
     real = [label for label in labels if label != BASELINE and not is_control(label)]
     against = [(control, label) for label in real for control in controls_of(label, labels)]
     return Effects(
-        corrected(from_unmodified(run, evaluation)),
-        corrected(_pairs(run, evaluation, against)),
-        corrected(_pairs(run, evaluation, combinations(real, 2))),
+        corrected(from_unmodified("", evaluation)),
+        corrected(_pairs(evaluation, against)),
+        corrected(_pairs(evaluation, combinations(real, 2))),
     )
 
 
@@ -71,13 +71,13 @@ def from_unmodified(run: str, evaluation: Evaluation) -> Iterator[Change]:
         yield from change(run, first, second)
 
 
-def _pairs(run: str, evaluation: Evaluation, pairs: Iterable[tuple[str, str]]) -> Iterator[Change]:
+def _pairs(evaluation: Evaluation, pairs: Iterable[tuple[str, str]]) -> Iterator[Change]:
     asked: dict[tuple[str, Side], None] = {(row.metric, row.prompts): None for row in evaluation.results}
     for one, other in pairs:
         for metric, side in asked:
             first, second = (find(evaluation.results, label, side, metric) for label in (one, other))
             if first is not None and second is not None:
-                yield from change(run, first, second)
+                yield from change("", first, second)
 
 
 def change(run: str, first: Result, second: Result) -> Iterator[Change]:

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import altair as alt
-
-from refusalkit.artifacts import Evaluation
-from refusalkit.metric import SIDES
-from refusalkit.report import estimates, heat_map, intervals
+from refusalkit.report import by_layer, estimates, heat_map, intervals
 from refusalkit.report.analyses import parts
 from refusalkit.report.figure import Figure
 from refusalkit.report.measured import costs_first, metrics
@@ -22,9 +15,13 @@ from refusalkit.run_directory import Run
 
 
 def figures(run: Run) -> tuple[Figure, ...]:
-    """Draw every figure of a run, in the order of the page."""
+    """Draw every figure of a run."""
+    return (*own_figures(run), *(figure for part in parts(run) for figure in part.figures))
+
+
+def own_figures(run: Run) -> tuple[Figure, ...]:
+    """Draw every figure but those of the analyses, in the order of the page."""
     drawn = (*rate_figures(run), *heat_maps(run), *estimate_figures(run), *separation_figures(run), *mean_figures(run))
-    drawn = (*drawn, *(figure for part in parts(run) for figure in part.figures))
     seen: dict[str, int] = {}
     unique = []
     for figure in drawn:
@@ -128,58 +125,26 @@ def estimate_figures(run: Run) -> list[Figure]:
 
 def separation_figures(run: Run) -> list[Figure]:
     """Draw how the prompts of every side lie along the direction, layer by layer."""
-    rows = _separation_rows(run.evaluation)
+    rows = [
+        row
+        for band in run.evaluation.separation
+        for row in by_layer.rows_of(side_name(band.prompts), band.mean, band.low, band.high)
+    ]
     if not rows:
         return []
+    shapes = {side_name(side): shape for side, shape in SHAPES.items()}
+    shown = tuple(dict.fromkeys(row["requests"] for row in rows))
+    look = by_layer.Look(shapes, shown, ("5th percentile", "95th percentile"))
     return [
         Figure(
             name="separation",
             title="Cosine with the direction, layer by layer",
             description="Mean and 5th to 95th percentile of the cosine between the residual stream and the direction, "
             "for every kind of request, by layer.",
-            chart=_separation_chart(rows, run.choice.layer),
+            chart=by_layer.chart(rows, look, run.choice.layer),
             min_width=320,
         )
     ]
-
-
-def _separation_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    return [
-        {"side": side_name(band.prompts), "layer": layer, "mean": mean, "low": low, "high": high}
-        for band in evaluation.separation
-        for layer, (mean, low, high) in enumerate(zip(band.mean, band.low, band.high, strict=True))
-        if all(map(math.isfinite, (mean, low, high)))
-    ]
-
-
-def _separation_chart(rows: Sequence[dict[str, Any]], chosen: int) -> alt.LayerChart | alt.FacetChart:
-    every, shown = [side_name(side) for side in SIDES], list(dict.fromkeys(row["side"] for row in rows))
-    base = alt.Chart(alt.InlineData(list(rows))).encode(
-        x=alt.X("layer:Q").title("layer").axis(tickMinStep=1, format="d", grid=False).scale(nice=False, padding=4),
-        color=alt.Color("side:N")
-        .title(None)
-        .scale(domain=every, range="category")
-        .legend(orient="top", symbolOpacity=1, values=shown),
-    )
-    title = "cosine with the direction"
-    band = base.mark_area(opacity=0.18, line=False).encode(y=alt.Y("low:Q").title(title), y2="high:Q")
-    line = base.mark_line(strokeWidth=2).encode(y=alt.Y("mean:Q").title(title))
-    points = base.mark_point(filled=True, size=44, opacity=1).encode(
-        shape=alt.Shape("side:N")
-        .scale(domain=every, range=list(SHAPES.values()))
-        .title(None)
-        .legend(orient="top", symbolOpacity=1, values=shown),
-        y=alt.Y("mean:Q").title(title),
-        tooltip=[
-            alt.Tooltip("side:N", title="requests"),
-            alt.Tooltip("layer:Q", title="layer"),
-            alt.Tooltip("mean:Q", title="mean cosine", format=".3f"),
-            alt.Tooltip("low:Q", title="5th percentile", format=".3f"),
-            alt.Tooltip("high:Q", title="95th percentile", format=".3f"),
-        ],
-    )
-    mark = alt.Chart(alt.InlineData([{"layer": chosen}])).mark_rule(style="reference").encode(x="layer:Q")
-    return alt.layer(mark, band, line, points).properties(width="container", height=280)
 
 
 def words(metric: str) -> str:

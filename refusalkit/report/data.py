@@ -51,7 +51,7 @@ def render_csv(run: Run) -> str:
 
 def tests(evaluation: Evaluation) -> dict[str, Any]:
     """Return every paired test of a run, by what it compares with: the content of `tests.json`, version 1."""
-    found = effects("", evaluation)
+    found = effects(evaluation)
     return {
         "version": 1,
         "from_unmodified": [_test(change) for change in found.from_unmodified],

@@ -34,7 +34,7 @@ def _lines(run: Run) -> Iterator[str]:
         yield from ("## Every value is missing", "", *_results(tables.by_intervention(evaluation, names)), "")
     if agreed := tables.agreement_rows(agreements(evaluation.results)):
         yield from ("## How far verdicts on the same completions agree", "", *_agreement(agreed), "")
-    tested = chance(run.folder.name, evaluation)
+    tested = chance(evaluation)
     if changes := (*tested.rates, *tested.others):
         yield from ("## Could chance have done it?", "", *_changes(changes), "", *tested.power, "")
     yield from ("## How the direction was chosen", "")

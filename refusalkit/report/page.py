@@ -16,7 +16,7 @@ from refusalkit.agreement import agreements
 from refusalkit.report import tables
 from refusalkit.report.analyses import parts
 from refusalkit.report.chance import chance
-from refusalkit.report.charts import figures, svg
+from refusalkit.report.charts import own_figures, svg
 from refusalkit.report.completions import examples
 from refusalkit.report.figure import Figure
 from refusalkit.report.finding import sentence
@@ -40,7 +40,7 @@ def render_html(run: Run, *, show_completions: bool = False) -> str:
         **_figures(run),
         **_numbers(run),
         analyses=[(part, [placed(figure) for figure in part.figures]) for part in parts(run)],
-        chance=chance(run.folder.name, run.evaluation),
+        chance=chance(run.evaluation),
         harmless=examples(run, "harmless", show_completions=show_completions),
         over_refusal=examples(run, "over_refusal", show_completions=show_completions),
         harmful=examples(run, "harmful", show_completions=show_completions),
@@ -110,7 +110,7 @@ def _found(run: Run) -> dict[str, Any]:
 
 def _figures(run: Run) -> dict[str, Any]:
     """Place the figures in the sections of the page."""
-    drawn = figures(run)
+    drawn = own_figures(run)
     maps = [figure for figure in drawn if figure.name.startswith("candidates-")]
     return {
         "rate_figures": [placed(figure) for figure in drawn if figure.name.startswith("rate-")],

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import altair as alt
 
 from refusalkit.artifacts import SuffixesFound, SuffixGroup
-from refusalkit.intervals import Interval
+from refusalkit.report import by_layer
 from refusalkit.report.figure import Figure
 from refusalkit.report.part import Part, Plain
-from refusalkit.report.wording import NOTHING_TO_SHOW, number, with_interval
+from refusalkit.report.wording import NOTHING_TO_SHOW, bracketed, with_interval
 from refusalkit.run_directory import Run
 
 _TEXT = (
@@ -20,7 +19,8 @@ _TEXT = (
     "direction lowers both, and random tokens in its place (as many, drawn for every request) lower neither. Brackets "
     "and bands are 95% intervals over requests. The dashed line is the layer the direction comes from."
 )
-#: The mark and the dash of each series: as they are, with the suffix, with random tokens.
+#: The mark and the dash of each series: as they are, with the suffix, with random tokens. The theme has three colours:
+#: random tokens on harmful requests take that of harmful ones, dashed.
 _SHAPES = ("circle", "diamond", "triangle-up", "square")
 _DASHES = ((1, 0), (1, 0), (1, 0), (4, 3))
 
@@ -49,8 +49,7 @@ def _table(found: SuffixesFound, layer: int) -> Plain:
     rows = []
     for group in found.groups:
         results = {result.metric: result for result in group.results}
-        cosine = Interval(group.mean[layer], group.low[layer], group.high[layer], group.n)
-        shown = f"{number(cosine.value)} [{number(cosine.low)}, {number(cosine.high)}]"
+        shown = bracketed(group.mean[layer], group.low[layer], group.high[layer])
         rows.append(
             (
                 group.label,
@@ -70,34 +69,7 @@ def _short(text: str, most: int = 48) -> str:
 
 
 def _chart(groups: Sequence[SuffixGroup], chosen: int) -> alt.LayerChart | alt.FacetChart:
-    names = [group.label for group in groups]
-    rows = [
-        {"requests": group.label, "layer": layer, "mean": mean, "low": low, "high": high}
-        for group in groups
-        for layer, (mean, low, high) in enumerate(zip(group.mean, group.low, group.high, strict=True))
-        if all(map(math.isfinite, (mean, low, high)))
-    ]
-    # Two rows, so that the names fit beside each other on a narrow page.
-    legend = alt.Legend(orient="top", symbolOpacity=1, columns=2)
-    # The theme has three colours: random tokens on harmful requests take that of harmful ones, dashed.
-    base = alt.Chart(alt.InlineData(rows)).encode(
-        x=alt.X("layer:Q").title("layer").axis(tickMinStep=1, format="d", grid=False).scale(nice=False, padding=4),
-        color=alt.Color("requests:N").title(None).scale(domain=names, range="category").legend(legend),
-    )
-    title = "cosine with the direction"
-    band = base.mark_area(opacity=0.18, line=False).encode(y=alt.Y("low:Q").title(title), y2="high:Q")
-    dash = alt.StrokeDash("requests:N").title(None).scale(domain=names, range=[list(each) for each in _DASHES])
-    line = base.mark_line(strokeWidth=2).encode(y=alt.Y("mean:Q").title(title), strokeDash=dash.legend(legend))
-    points = base.mark_point(filled=True, size=44, opacity=1).encode(
-        shape=alt.Shape("requests:N").scale(domain=names, range=list(_SHAPES)).title(None).legend(legend),
-        y=alt.Y("mean:Q").title(title),
-        tooltip=[
-            alt.Tooltip("requests:N", title="requests"),
-            alt.Tooltip("layer:Q", title="layer"),
-            alt.Tooltip("mean:Q", title="mean cosine", format=".3f"),
-            alt.Tooltip("low:Q", title="95% from", format=".3f"),
-            alt.Tooltip("high:Q", title="95% to", format=".3f"),
-        ],
-    )
-    mark = alt.Chart(alt.InlineData([{"layer": chosen}])).mark_rule(style="reference").encode(x="layer:Q")
-    return alt.layer(mark, band, line, points).properties(width="container", height=280)
+    names = tuple(group.label for group in groups)
+    rows = [row for group in groups for row in by_layer.rows_of(group.label, group.mean, group.low, group.high)]
+    shapes, dashes = dict(zip(names, _SHAPES, strict=False)), dict(zip(names, _DASHES, strict=False))
+    return by_layer.chart(rows, by_layer.Look(shapes, names, ("95% from", "95% to"), dashes), chosen)

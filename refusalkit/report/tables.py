@@ -13,7 +13,7 @@ from refusalkit.metric import Side
 from refusalkit.report.changes import Change
 from refusalkit.report.heat_map import scores
 from refusalkit.report.measured import find, in_order, is_control, sides
-from refusalkit.report.wording import difference, number, p_value, percent, side_name, without_count
+from refusalkit.report.wording import bracketed, difference, number, p_value, percent, side_name, without_count
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,7 @@ def agreement_rows(agreements: Sequence[Agreement]) -> list[AgreementRow]:
             side_name(row.prompts),
             row.n,
             percent(row.share),
-            number(row.kappa, 2)
-            + (f" [{number(row.low, 2)}, {number(row.high, 2)}]" if math.isfinite(row.kappa + row.low) else ""),
+            bracketed(row.kappa, row.low, row.high, digits=2),
         )
         for row in agreements
     ]

@@ -6,7 +6,7 @@ import math
 import textwrap
 from typing import Literal
 
-from refusalkit.artifacts import Result
+from refusalkit.artifacts import Result, TaskScore
 from refusalkit.metric import Side
 from refusalkit.paired import Difference
 
@@ -47,15 +47,20 @@ def with_interval(result: Result | None) -> str:
     return without_count(result) + missing
 
 
-def without_count(result: Result | None) -> str:
+def without_count(result: Result | TaskScore | None) -> str:
     """Write a result with its interval alone, where what is missing stands beside it."""
     if result is None or not math.isfinite(result.value):
         return NOTHING_TO_SHOW
+    if result.kind == "mean":
+        return bracketed(result.value, result.low, result.high)
     known = math.isfinite(result.low) and math.isfinite(result.high)
-    if result.kind == "rate":
-        interval = f" [{100 * result.low:.0f}, {100 * result.high:.0f}]" if known else ""
-        return percent(result.value) + interval
-    return number(result.value) + (f" [{number(result.low)}, {number(result.high)}]" if known else "")
+    return percent(result.value) + (f" [{100 * result.low:.0f}, {100 * result.high:.0f}]" if known else "")
+
+
+def bracketed(value: float, low: float, high: float, digits: int = 3) -> str:
+    """Write a number with its interval, where it has one: `0.31 [0.2, 0.44]`."""
+    known = math.isfinite(low) and math.isfinite(high)
+    return number(value, digits) + (f" [{number(low, digits)}, {number(high, digits)}]" if known else "")
 
 
 def points(change: float) -> str:
@@ -67,7 +72,7 @@ def points(change: float) -> str:
 def difference(found: Difference, kind: Literal["rate", "mean"]) -> str:
     """Write a difference with its 95% interval: `−91 points [−97, −83]`, `0.31 [0.2, 0.44]`."""
     if kind == "mean":
-        return f"{number(found.value)} [{number(found.low)}, {number(found.high)}]"
+        return bracketed(found.value, found.low, found.high)
     sign = MINUS if round(100 * found.value) < 0 else ""
     low, high = (percent(bound).replace("-", MINUS).rstrip("%") for bound in (found.low, found.high))
     return f"{sign}{points(found.value)} [{low}, {high}]"

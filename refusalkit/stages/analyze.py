@@ -26,7 +26,6 @@ def _one(analysis: Analysis, groups: Groups, findings: Findings) -> Found:
             return attribute(analysis, findings)
         case Directions():
             return compare_directions(analysis, groups, findings)
-        case Capability():
-            return study_capability(analysis, findings)
         case _:
-            raise NotImplementedError(analysis.analysis)
+            assert isinstance(analysis, Capability)
+            return study_capability(analysis, findings)

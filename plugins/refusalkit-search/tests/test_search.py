@@ -207,11 +207,7 @@ def test_the_folder_of_something_else_is_refused(found: Found, folder: Path, tmp
 def test_a_mistake_in_the_space_is_found_before_anything_runs(
     tmp_path: Path, space: str, where: str, message: str, hint: str
 ) -> None:
-    with pytest.raises(InputError) as caught:
-        written(tmp_path, f"space:\n  {space}\n{OBJECTIVES}")
-    assert caught.value.where == f"{tmp_path / 'space.yaml'}:{where}"
-    assert message in caught.value.message
-    assert hint in str(caught.value.hint)
+    assert_refused(tmp_path, f"space:\n  {space}\n{OBJECTIVES}", where, (message, hint))
 
 
 @pytest.mark.parametrize(
@@ -227,11 +223,17 @@ def test_a_mistake_in_the_space_is_found_before_anything_runs(
 def test_a_mistake_in_an_objective_is_found_before_anything_runs(
     tmp_path: Path, objective: str, key: str, message: str, hint: str
 ) -> None:
+    text = f"space:\n  select.layer: [3, 4]\nobjectives:\n  - {{{objective}}}\n"
+    assert_refused(tmp_path, text, f"4: objectives.0.{key}", (message, hint))
+
+
+def assert_refused(folder: Path, text: str, where: str, said: tuple[str, str]) -> None:
+    """Check the place, the message and the hint of the error that a space is refused with."""
     with pytest.raises(InputError) as caught:
-        written(tmp_path, f"space:\n  select.layer: [3, 4]\nobjectives:\n  - {{{objective}}}\n")
-    assert caught.value.where == f"{tmp_path / 'space.yaml'}:4: objectives.0.{key}"
-    assert message in caught.value.message
-    assert hint in str(caught.value.hint)
+        written(folder, text)
+    assert caught.value.where == f"{folder / 'space.yaml'}:{where}"
+    assert said[0] in caught.value.message
+    assert said[1] in str(caught.value.hint)
 
 
 def test_a_model_that_does_not_refuse_ends_the_search(tmp_path: Path) -> None:
