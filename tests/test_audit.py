@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from refusalkit import tiny
@@ -279,7 +278,6 @@ def test_a_selector_that_does_not_measure_effects_is_refused(registry: Registry)
 @needs_shared
 @pytest.mark.slow
 def test_a_real_model_whose_refusals_fall_to_ablation_fails(tmp_path: Path, registry: Registry) -> None:
-    torch.set_num_threads(2)
     model = build_reference_model(tmp_path / "model")
     # The last position alone and fewer prompts: minutes on two cores.
     settings = ["capture.positions=-1", "prompts.train=48", "prompts.validation=16", "prompts.test=24"]

@@ -371,7 +371,6 @@ def test_a_conversation_of_one_message_is_a_prompt_and_a_system_message_is_read(
 @needs_shared
 @pytest.mark.slow
 def test_a_detector_of_a_real_model_tells_held_out_requests_apart(tmp_path: Path) -> None:
-    torch.set_num_threads(2)
     model = build_reference_model(tmp_path / "model")
     # What the causal selector chooses; `test_parity` tests that it does.
     recipe = write_reference_recipe(tmp_path, model, {"selector": "fixed", "position": -1, "layer": 23})

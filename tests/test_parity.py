@@ -115,7 +115,6 @@ def _run(folder: Path, model: Path, until: str, **select: Any) -> Store:
 
 @pytest.mark.slow
 def test_directions_scores_survivors_and_choice_are_the_authors(model: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(2)
     store = _run(tmp_path, model, "select", max_kl_nats=0.5, exhaustive=True)
     activations, candidates, choice = store.load(Activations), store.load(Candidates), store.load(Choice)
     assert activations is not None
@@ -163,7 +162,6 @@ def _refusal(summary: dict[str, Any], intervention: str) -> float:
 
 @pytest.mark.slow
 def test_the_three_losses_are_those_of_a_plain_loop_on_a_real_model(model: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(2)
     registry = load_registry()
     path = write_reference_recipe(tmp_path, model, {"selector": "fixed", "position": -1, "layer": 23})
     few = ["evaluate.interventions=[ablate]", "evaluate.controls=0"]
@@ -186,7 +184,6 @@ def test_the_three_losses_are_those_of_a_plain_loop_on_a_real_model(model: Path,
 
 @pytest.mark.slow
 def test_the_found_direction_does_what_controls_do_not_on_a_real_model(model: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(2)
     asked = [
         "evaluate.interventions=[none,ablate,steer,orthogonalize]",
         "evaluate.controls=1",
@@ -215,7 +212,6 @@ def test_the_found_direction_does_what_controls_do_not_on_a_real_model(model: Pa
 
 @pytest.mark.slow
 def test_cosmic_bypasses_most_refusals_on_a_real_model_where_little_kl_is_allowed(model: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(2)
     # With the 0.5 nats of the causal choice it takes a direction that breaks the model and leaves most refusals.
     cosmic = _measured(tmp_path / "cosmic", model, {"selector": "cosmic", "max_kl_nats": 0.25})
     assert (cosmic["choice"]["position"], cosmic["choice"]["layer"]) == (-1, 18)
@@ -227,7 +223,6 @@ def test_cosmic_bypasses_most_refusals_on_a_real_model_where_little_kl_is_allowe
 def test_other_strategies_are_compared_with_the_difference_in_means_on_a_real_model(
     strategy: str, model: Path, tmp_path: Path
 ) -> None:
-    torch.set_num_threads(2)
     # At the place of the causal choice, so that nothing differs but the direction.
     place = {"selector": "fixed", "position": -1, "layer": 23}
     found = _measured(tmp_path / strategy, model, place, f"find={strategy}")
@@ -239,7 +234,6 @@ def test_other_strategies_are_compared_with_the_difference_in_means_on_a_real_mo
 
 @pytest.mark.slow
 def test_the_paper_threshold_fails_with_counts_and_the_nearest_miss(model: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(2)
     with pytest.raises(RunError) as caught:
         _run(tmp_path, model, "select")
     text = str(caught.value)

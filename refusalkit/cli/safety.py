@@ -1,4 +1,4 @@
-"""Offer what safety teams need on the command line: watch prompts, and hold a checkpoint to thresholds."""
+"""Offer what safety teams need: watch prompts, and hold a checkpoint to thresholds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from refusalkit.cli.shared import Settings
 from refusalkit.errors import InputError, Interrupted
 
 if TYPE_CHECKING:
@@ -22,11 +23,6 @@ class Score(StrEnum):
 
     projection = "projection"
     latent_guard = "latent_guard"
-
-
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set model.device=cuda")
-]
 
 
 def monitor(

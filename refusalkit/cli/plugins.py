@@ -1,4 +1,4 @@
-"""Offer what plugin authors need on the command line, `refusalkit plugin`, and the commands of their plugins."""
+"""Offer what plugin authors need, `refusalkit plugin`, and the commands of their plugins."""
 
 from __future__ import annotations
 
@@ -14,6 +14,20 @@ from refusalkit.errors import InputError
 from refusalkit.hookspecs import NAME
 
 plugin_app = typer.Typer(help="Start a plugin of your own, and check installed ones.", no_args_is_help=True)
+
+
+def plugins() -> None:
+    """List every plugin, its version, whether it works, and all it provides; of a broken one, its error.
+
+    Exit status 1 says that one is broken. The others work all the same.
+    """
+    from refusalkit.plugin.listing import plugin_list
+    from refusalkit.registry import load_registry
+
+    registry = load_registry()
+    print(plugin_list(registry))
+    if registry.broken:
+        raise typer.Exit(1)
 
 
 @plugin_app.command("new")
