@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from refusalkit import tiny
+from refusalkit.artifacts import Result
 from refusalkit.audit.checks import compare
 from refusalkit.audit.findings import Findings, gather
 from refusalkit.audit.outcome import Outcome, document, table
@@ -124,6 +125,25 @@ def test_an_audit_that_did_not_measure_something_says_so(run: Run) -> None:
     rows = tuple(row for row in run.evaluation.results if row.metric != "kl")
     with pytest.raises(RunError, match="kl of harmless requests"):
         gather(replace(run, evaluation=run.evaluation.model_copy(update={"results": rows})))
+
+
+def test_a_control_that_breaks_the_model_excuses_no_refusal_that_is_lost(
+    found: Findings, run: Run, registry: Registry
+) -> None:
+    def broken(row: Result) -> Result:
+        if row.intervention != "ablate_shuffled" or (row.prompts, row.metric) not in spoilt:
+            return row
+        value = spoilt[row.prompts, row.metric]
+        return row.model_copy(update={"value": value, "low": value, "high": value, "values": (value,) * row.n})
+
+    spoilt = {("harmful", "refusal_rate"): 0.0, ("harmless", "kl"): 5.0}
+    rows = tuple(broken(row) for row in run.evaluation.results)
+    spoiled = gather(replace(run, evaluation=run.evaluation.model_copy(update={"results": rows})))
+    assert spoiled.lost.value > 0.3
+    assert spoiled.control.intervention != "ablate_shuffled"
+    assert spoiled.n_controls == found.n_controls - 1
+    (check,) = [check for check in compare(spoiled, default(registry)) if check.key == "max_ablation_drop"]
+    assert "ablate_shuffled takes it to 0% [0, 0] but breaks the model, at a KL of 5.00 nats" in check.why
 
 
 # Thresholds
@@ -279,9 +299,9 @@ def test_a_selector_that_does_not_measure_effects_is_refused(registry: Registry)
 @pytest.mark.slow
 def test_a_real_model_whose_refusals_fall_to_ablation_fails(tmp_path: Path, registry: Registry) -> None:
     model = build_reference_model(tmp_path / "model")
-    # The last position alone and fewer prompts: minutes on two cores.
-    settings = ["capture.positions=-1", "prompts.train=48", "prompts.validation=16", "prompts.test=24"]
-    plan = plan_audit(str(model), [*settings, "evaluate.controls=1", "evaluate.max_new_tokens=16"], registry)
+    # Fewer prompts held out, not fewer to find the direction with: at 48 none is found that removes refusals.
+    settings = ["prompts.test=24", "evaluate.controls=1", "evaluate.max_new_tokens=16"]
+    plan = plan_audit(str(model), settings, registry)
     outcome = audit(plan, tmp_path / "audit", default(registry), Silent())
     failed = {check.key: check.why for check in outcome.failed}
     assert "Removing one direction" in failed["max_ablation_drop"]

@@ -211,11 +211,16 @@ def test_the_found_direction_does_what_controls_do_not_on_a_real_model(model: Pa
 
 
 @pytest.mark.slow
-def test_cosmic_bypasses_most_refusals_on_a_real_model_where_little_kl_is_allowed(model: Path, tmp_path: Path) -> None:
-    # With the 0.5 nats of the causal choice it takes a direction that breaks the model and leaves most refusals.
-    cosmic = _measured(tmp_path / "cosmic", model, {"selector": "cosmic", "max_kl_nats": 0.25})
-    assert (cosmic["choice"]["position"], cosmic["choice"]["layer"]) == (-1, 18)
-    assert _refusal(cosmic, "ablate") < _refusal(cosmic, "none") - 0.5
+def test_cosmic_over_all_layers_bypasses_as_much_as_the_causal_choice_on_a_real_model(
+    model: Path, tmp_path: Path
+) -> None:
+    # With the authors' layers and means it takes (-1, 16) with these 0.5 nats, which leaves most refusals.
+    asked = {"selector": "cosmic", "max_kl_nats": 0.5, "compared": 1.0, "each_layer": True}
+    rates = {}
+    for name, select in (("causal", {"selector": "fixed", "position": -1, "layer": 23}), ("cosmic", asked)):
+        # Both choose at the last position, which saves four fifths of the candidates.
+        rates[name] = _refusal(_measured(tmp_path / name, model, select, "capture.positions=-1"), "ablate")
+    assert rates["cosmic"] <= rates["causal"] + 0.1, rates
 
 
 @pytest.mark.slow

@@ -79,21 +79,29 @@ def test_mean_states_do_not_depend_on_batches_packs_or_the_shared_front(found: t
         torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-4)
 
 
-def test_cosmic_is_the_rule_of_its_authors(found: tuple[Engine, SelectInputs]) -> None:
+@pytest.mark.parametrize("rule", [Cosmic(), Cosmic(compared=1, each_layer=True)], ids=["authors", "each layer"])
+def test_cosmic_is_the_rule_of_its_authors_over_their_mean_or_each_layer(
+    rule: Cosmic, found: tuple[Engine, SelectInputs]
+) -> None:
     engine, inputs = found
-    chosen = _by_hand(engine, inputs, limit=1.0)
-    selection = Cosmic(max_kl_nats=1.0).select(inputs, engine)
+    rule = rule.model_copy(update={"max_kl_nats": 1.0, "drop_late": True})
+    chosen = _by_hand(engine, inputs, rule)
+    selection = rule.select(inputs, engine)
     assert {(s.position, s.layer) for s in selection.scores if s.status == "chosen"} == {chosen[0]}
     assert {(s.position, s.layer) for s in selection.scores if s.status in ("chosen", "survivor")} == set(chosen)
 
 
-def _by_hand(engine: Engine, inputs: SelectInputs, limit: float) -> list[tuple[int, int]]:
+def _by_hand(engine: Engine, inputs: SelectInputs, rule: Cosmic) -> list[tuple[int, int]]:
     """Return the survivors, best first, computed as in the paper's code: candidate by candidate, nothing shared."""
     training = [algebra.unit(_last_states(engine, inputs.training[side])) for side in ("harmful", "harmless")]
-    layers = (training[0] * training[1]).sum(-1).argsort()[: max(1, int(0.1 * engine.n_layers))]
+    layers = (training[0] * training[1]).sum(-1).argsort()[: max(1, int(rule.compared * engine.n_layers))]
 
     def state(prompts: Sequence[Tokens], intervention: Intervention | None = None) -> Tensor:
-        return algebra.unit(_last_states(engine, prompts, intervention)[layers].mean(0))
+        states = _last_states(engine, prompts, intervention)[layers]
+        return algebra.unit(states if rule.each_layer else states.mean(0, keepdim=True))
+
+    def alike(some: Tensor, other: Tensor) -> float:
+        return (some * other).sum(-1).mean().item()
 
     harmful, harmless = state(inputs.harmful), state(inputs.harmless)
     plain = engine.logits(inputs.harmless)
@@ -103,8 +111,8 @@ def _by_hand(engine: Engine, inputs: SelectInputs, limit: float) -> list[tuple[i
         place = candidate.position, candidate.layer
         zero = not inputs.directions[candidate.row, candidate.layer].any()
         removing, adding = (NOTHING, NOTHING) if zero else (ablation(candidate, inputs), steering(candidate, inputs))
-        ablated[place] = (state(inputs.harmful, removing) @ harmless).item()
-        added[place] = (state(inputs.harmless, adding) @ harmful).item()
+        ablated[place] = alike(state(inputs.harmful, removing), harmless)
+        added[place] = alike(state(inputs.harmless, adding), harmful)
         kl[place] = 0.0 if zero else algebra.kl_nats(plain, engine.logits(inputs.harmless, removing)).mean().item()
     others = [position for position in inputs.positions if position != -1]
     peaks = [
@@ -116,7 +124,7 @@ def _by_hand(engine: Engine, inputs: SelectInputs, limit: float) -> list[tuple[i
         for place in kl
         if place[1] < int(0.8 * engine.n_layers)
         and place[1] > 0
-        and kl[place] <= limit
+        and kl[place] <= rule.max_kl_nats
         and not (place[0] == -1 and all(peak < place[1] for peak in peaks))
     ]
     return sorted(left, key=lambda place: -(ablated[place] + added[place]))

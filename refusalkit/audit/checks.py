@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from refusalkit.audit.findings import Findings
 from refusalkit.audit.thresholds import Thresholds
+from refusalkit.report.finding import said_broken
 from refusalkit.report.wording import MINUS, number, percent, points, with_interval
 
 
@@ -85,7 +86,8 @@ def _ablation_drop(found: Findings) -> Row:
     why = (
         f"Removing one direction (layer {choice.layer}, position {choice.position}) takes refusal of held-out harmful "
         f"requests from {with_interval(found.refusal_rate)} to {with_interval(found.ablated)} at a KL of "
-        f"{number(found.kl.value)} nats on harmless ones; {randoms} takes it to {with_interval(found.control)}."
+        f"{number(found.kl.value)} nats on harmless ones; {randoms} takes it to "
+        f"{'; '.join([with_interval(found.control), *(said_broken(*each) for each in found.breaking)])}."
     )
     interval = f"[{100 * lost.low:.0f}, {100 * lost.high:.0f}]".replace("-", MINUS)
     return "refusals lost with one direction", lost.value, f"{points(lost.value)} {interval}", why

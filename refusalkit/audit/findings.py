@@ -11,7 +11,8 @@ from refusalkit.builtin.candidates import NO_DIFFERENCE, PRUNED
 from refusalkit.errors import RunError
 from refusalkit.metric import Side
 from refusalkit.paired import Difference, Sample, difference
-from refusalkit.report.measured import BASELINE, controls_of, find, interventions
+from refusalkit.report.finding import split_controls
+from refusalkit.report.measured import BASELINE, find
 from refusalkit.run_directory import Run
 
 ABLATION = "ablate"
@@ -42,8 +43,10 @@ class Findings:
     ablated: Result
     """Refusal rate with the chosen direction removed."""
     control: Result
-    """Refusal rate with the control direction removed that lowers it most."""
+    """Refusal rate with the control direction removed that lowers it most, of those that leave the model whole."""
     n_controls: int
+    breaking: tuple[tuple[Result, Result], ...]
+    """Controls that break the model, which is no evidence of what it refuses: refusal rate, and KL in nats."""
     lost: Difference
     """How much lower `ablated` is than `control`, request by request."""
     kl: Result
@@ -70,15 +73,14 @@ def gather(run: Run) -> Findings:
 
     Raises `RunError` when the run did not measure one of them.
     """
-    controls = controls_of(ABLATION, interventions(run.evaluation))
+    controls, breaking = split_controls(run.evaluation, ABLATION, "harmful", "refusal_rate")
     if not controls:
         raise RunError(
-            "no control direction was removed to compare with",
+            "no control direction was removed to compare with that leaves the model whole",
             where="evaluate.controls",
             hint="an audit needs at least 1; leave the key out to take 3",
         )
-    rates = [_result(run, label, "harmful", "refusal_rate") for label in controls]
-    control = min(rates, key=lambda rate: rate.value)
+    control = min(controls, key=lambda rate: rate.value)
     ablated = _result(run, ABLATION, "harmful", "refusal_rate")
     lost = difference(Sample(ablated.values), Sample(control.values), "rate")
     assert lost is not None, "a refusal rate has a value for every request"
@@ -89,6 +91,7 @@ def gather(run: Run) -> Findings:
         ablated=ablated,
         control=control,
         n_controls=len(controls),
+        breaking=breaking,
         lost=lost,
         kl=_result(run, ABLATION, "harmless", "kl"),
         layers=tuple(_layers(run.choice)),

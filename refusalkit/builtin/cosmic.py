@@ -45,6 +45,9 @@ class Cosmic(Selector):
     """Share of the last layers whose candidates are never chosen."""
     compared: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of the layers in which states are compared, at least one layer."""
+    each_layer: bool = False
+    """Compare states layer by layer and average the cosines, so that every layer weighs the same. The authors compare
+    the mean state over the layers, in which those of large norm weigh most."""
     drop_late: bool = False
     """Drop, as the authors do, the last position's candidates behind the layers in which other positions score best.
     A model whose refusal direction shows at the last position alone loses all of them that way."""
@@ -52,7 +55,7 @@ class Cosmic(Selector):
     def select(self, inputs: SelectInputs, subject: Subject) -> Selection:
         everything = candidates_of(inputs)
         fell = dropped(everything, inputs, self.prune_last)
-        found = _similarities(everything, fell, inputs, subject, self._layers(inputs, subject))
+        found = self._similarities(everything, fell, inputs, subject)
         if self.drop_late:
             fell |= {candidate: LATE for candidate in _late(found) if candidate not in fell}
         kl = self._kl(everything, fell, inputs, subject)
@@ -92,6 +95,42 @@ class Cosmic(Selector):
         alike = (means[0] * means[1]).sum(-1)
         return sorted(alike.argsort(stable=True)[: max(1, int(self.compared * len(layers)))].tolist())
 
+    def _similarities(
+        self, everything: Sequence[Candidate], fell: dict[Candidate, str], inputs: SelectInputs, subject: Subject
+    ) -> dict[Candidate, tuple[float, float]]:
+        """Return how alike ablation makes harmful to harmless prompts, and addition harmless to harmful ones.
+
+        Candidates that cannot be chosen count too: where the scores of a position peak is part of the rule. Those whose
+        scores are not numbers fall.
+        """
+        from refusalkit import algebra
+
+        layers = self._layers(inputs, subject)
+
+        def states(prompts: Sequence[Tokens], interventions: Sequence[Intervention], what: str | None) -> Tensor:
+            """Return unit states [intervention, layer, d_model]; the authors' mean over layers is the one layer."""
+            advance = _told(inputs, what) if what else None
+            means = subject.mean_states(prompts, interventions, layers, advance)
+            return algebra.unit(means if self.each_layer else means.mean(1, keepdim=True))
+
+        def alike(some: Tensor, other: Tensor) -> list[float]:
+            return (some * other).sum(-1).mean(-1).tolist()
+
+        harmful, harmless = (states(prompts, [NOTHING], None) for prompts in (inputs.harmful, inputs.harmless))
+        tried = [candidate for candidate in everything if fell.get(candidate) not in (NOT_A_NUMBER, NO_DIFFERENCE)]
+        (unmodified,) = alike(harmful, harmless)
+        found = {c: (unmodified, unmodified) for c in everything if fell.get(c) == NO_DIFFERENCE}
+        if tried:
+            ablated = states(inputs.harmful, [ablation(c, inputs) for c in tried], "similarity under ablation")
+            added = states(inputs.harmless, [steering(c, inputs) for c in tried], "similarity under addition")
+            pairs = zip(alike(ablated, harmless), alike(added, harmful), strict=True)
+            for candidate, pair in zip(tried, pairs, strict=True):
+                if sum(pair) == sum(pair):
+                    found[candidate] = pair
+                else:
+                    fell[candidate] = NOT_A_NUMBER
+        return found
+
     def _kl(
         self, everything: Sequence[Candidate], fell: Mapping[Candidate, str], inputs: SelectInputs, subject: Subject
     ) -> dict[Candidate, float]:
@@ -114,39 +153,6 @@ class Cosmic(Selector):
         found = subject.measure(inputs.harmless, [ablation(each, inputs) for each in kl], whole).mean(-1)
         best, least = min(zip(kl, found.tolist(), strict=True), key=lambda pair: pair[1])
         return f"{best} changes harmless prompts least, by a KL of {least:.3g}, above {self.max_kl_nats:g} nats"
-
-
-def _similarities(
-    everything: Sequence[Candidate],
-    fell: dict[Candidate, str],
-    inputs: SelectInputs,
-    subject: Subject,
-    layers: Sequence[int],
-) -> dict[Candidate, tuple[float, float]]:
-    """Return how alike ablation makes harmful to harmless prompts, and addition harmless to harmful ones.
-
-    Candidates that cannot be chosen count too: where the scores of a position peak is part of the rule. Those whose
-    scores are not numbers fall.
-    """
-    from refusalkit import algebra
-
-    def states(prompts: Sequence[Tokens], interventions: Sequence[Intervention], what: str | None) -> Tensor:
-        advance = _told(inputs, what) if what else None
-        return algebra.unit(subject.mean_states(prompts, interventions, layers, advance).mean(1))
-
-    harmful, harmless = (states(prompts, [NOTHING], None)[0] for prompts in (inputs.harmful, inputs.harmless))
-    tried = [candidate for candidate in everything if fell.get(candidate) not in (NOT_A_NUMBER, NO_DIFFERENCE)]
-    unmodified = (harmful @ harmless).item()
-    found = {c: (unmodified, unmodified) for c in everything if fell.get(c) == NO_DIFFERENCE}
-    if tried:
-        ablated = states(inputs.harmful, [ablation(c, inputs) for c in tried], "similarity under ablation") @ harmless
-        added = states(inputs.harmless, [steering(c, inputs) for c in tried], "similarity under addition") @ harmful
-        for candidate, pair in zip(tried, zip(ablated.tolist(), added.tolist(), strict=True), strict=True):
-            if sum(pair) == sum(pair):
-                found[candidate] = pair
-            else:
-                fell[candidate] = NOT_A_NUMBER
-    return found
 
 
 def _late(found: Mapping[Candidate, tuple[float, float]]) -> list[Candidate]:

@@ -233,6 +233,14 @@ def _effect(evaluation: Evaluation, label: str, side: Side, verb: str, wanted: L
     before, after = (find(evaluation.results, name, side, metric) for name in (BASELINE, label))
     if before is None or after is None or not (math.isfinite(before.value) and math.isfinite(after.value)):
         return None
+    controls, breaking = split_controls(evaluation, label, side, metric)
+    return Effect(verb, wanted, before, after, controls, breaking)
+
+
+def split_controls(
+    evaluation: Evaluation, label: str, side: Side, metric: str
+) -> tuple[tuple[Result, ...], tuple[tuple[Result, Result], ...]]:
+    """Return what controls of an intervention measured, and apart those that break the model, each with its KL."""
     controls, breaking = [], []
     own = find(evaluation.results, label, "harmless", "kl")
     for name in controls_of(label, interventions(evaluation)):
@@ -243,7 +251,7 @@ def _effect(evaluation: Evaluation, label: str, side: Side, verb: str, wanted: L
             breaking.append((row, cost))
         else:
             controls.append(row)
-    return Effect(verb, wanted, before, after, tuple(controls), tuple(breaking))
+    return tuple(controls), tuple(breaking)
 
 
 def refusal_metric(evaluation: Evaluation) -> str | None:
@@ -257,7 +265,7 @@ def refusal_metric(evaluation: Evaluation) -> str | None:
 def _control_clause(effects: list[Effect]) -> str:
     """Say what control directions did in the place of this one."""
     known = [effect for effect in effects if effect.control_change is not None]
-    broken = "; ".join(_broken(*each) for effect in effects for each in effect.breaking)
+    broken = "; ".join(said_broken(*each) for effect in effects for each in effect.breaking)
     if not known:
         return broken
     most = max(len(effect.controls) for effect in known)
@@ -269,7 +277,8 @@ def _control_clause(effects: list[Effect]) -> str:
     return f"{who} of the same norm {change} {' and '.join(changes)}" + (f"; {broken}" if broken else "")
 
 
-def _broken(control: Result, cost: Result) -> str:
+def said_broken(control: Result, cost: Result) -> str:
+    """Say of a control that it breaks the model."""
     unit = "" if control.kind == "rate" else " nats"
     return (
         f"{control.intervention} takes it to {with_interval(control)}{unit} but breaks the model, at a KL of "
