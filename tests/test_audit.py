@@ -130,13 +130,14 @@ def test_an_audit_that_did_not_measure_something_says_so(run: Run) -> None:
 def test_a_control_that_breaks_the_model_excuses_no_refusal_that_is_lost(
     found: Findings, run: Run, registry: Registry
 ) -> None:
+    spoilt = {("harmful", "refusal_rate"): 0.0, ("harmless", "kl"): 5.0}
+
     def broken(row: Result) -> Result:
         if row.intervention != "ablate_shuffled" or (row.prompts, row.metric) not in spoilt:
             return row
         value = spoilt[row.prompts, row.metric]
         return row.model_copy(update={"value": value, "low": value, "high": value, "values": (value,) * row.n})
 
-    spoilt = {("harmful", "refusal_rate"): 0.0, ("harmless", "kl"): 5.0}
     rows = tuple(broken(row) for row in run.evaluation.results)
     spoiled = gather(replace(run, evaluation=run.evaluation.model_copy(update={"results": rows})))
     assert spoiled.lost.value > 0.3

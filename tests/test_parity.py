@@ -211,16 +211,18 @@ def test_the_found_direction_does_what_controls_do_not_on_a_real_model(model: Pa
 
 
 @pytest.mark.slow
-def test_cosmic_over_all_layers_bypasses_as_much_as_the_causal_choice_on_a_real_model(
-    model: Path, tmp_path: Path
-) -> None:
-    # With the authors' layers and means it takes (-1, 16) with these 0.5 nats, which leaves most refusals.
-    asked = {"selector": "cosmic", "max_kl_nats": 0.5, "compared": 1.0, "each_layer": True}
-    rates = {}
-    for name, select in (("causal", {"selector": "fixed", "position": -1, "layer": 23}), ("cosmic", asked)):
-        # Both choose at the last position, which saves four fifths of the candidates.
-        rates[name] = _refusal(_measured(tmp_path / name, model, select, "capture.positions=-1"), "ablate")
-    assert rates["cosmic"] <= rates["causal"] + 0.1, rates
+def test_cosmic_bypasses_refusals_on_a_real_model_over_all_layers_or_at_little_kl(model: Path, tmp_path: Path) -> None:
+    # All choose at the last position, which saves five sixths of the candidates.
+    def run(name: str, **select: Any) -> dict[str, Any]:
+        return _measured(tmp_path / name, model, select, "capture.positions=-1")
+
+    # The authors' rule takes (-1, 16) with the 0.5 nats of the causal choice, which leaves most refusals.
+    little = run("little", selector="cosmic", max_kl_nats=0.25)
+    assert (little["choice"]["position"], little["choice"]["layer"]) == (-1, 18)
+    assert _refusal(little, "ablate") < _refusal(little, "none") - 0.5
+    layers = run("layers", selector="cosmic", max_kl_nats=0.5, compared=1.0, each_layer=True)
+    causal = run("causal", selector="fixed", position=-1, layer=23)
+    assert _refusal(layers, "ablate") <= _refusal(causal, "ablate") + 0.1
 
 
 @pytest.mark.slow

@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from refusalkit.cli.shared import RecipePath, Settings, Until, execute, folder_of, load, plan_of, say
+from refusalkit.cli.shared import Settings, Until, execute, folder_of, load, plan_of, say
 from refusalkit.errors import InputError
 
 if TYPE_CHECKING:
     from refusalkit.batch import Batch
 
 
-RecipePaths = Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes in YAML.")]
-
-
 def run(
-    recipes: RecipePaths,
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes in YAML.")],
     out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/NAME.")] = None,
     until: Annotated[Until, typer.Option(help="Stop after this stage.")] = Until.report,
     jobs: Annotated[int, typer.Option(min=1, help="How many runs at a time, each in a process of its own.")] = 1,
@@ -43,7 +40,7 @@ def run(
 
 
 def plan(
-    recipe: RecipePath,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")],
     out: Annotated[Path | None, typer.Option(help="The run's folder, to see what is already done there.")] = None,
     settings: Settings = None,
 ) -> None:

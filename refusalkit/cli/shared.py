@@ -29,7 +29,6 @@ class Until(StrEnum):
     report = "report"
 
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set model.dtype=float32")
 ]

@@ -122,7 +122,8 @@ def _whole_run(case: Case) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         before_hook = torch.nn.modules.module.register_module_forward_pre_hook(_only(case, before))
-        after_hook = torch.nn.modules.module.register_module_forward_hook(_only(case, after))
+        # Called for passes that stop early, too: capture needs no later layer, and stops its passes with an error.
+        after_hook = torch.nn.modules.module.register_module_forward_hook(_only(case, after), always_call=True)
         since = time.perf_counter()
         execute(case.plan, Path(folder) / "run")
         seconds = time.perf_counter() - since
