@@ -166,6 +166,8 @@ class Selector(BaseModel, ABC):
     """Whether it looks at refusal scores, and so at the openers."""
     finds_again: ClassVar[bool] = False
     """Whether it finds directions again (`SelectInputs.find`), which takes a strategy that does not need the model."""
+    further: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """What the report calls each of its further scores (`Score.extra`), and what it says of them in a sentence."""
     openers: Literal["auto"] | tuple[str | TokenId, ...] = "auto"
     """The texts that open a refusal, turned into token ids in context, or token ids; `auto` takes the family's where
     this model says them and otherwise finds them on the training prompts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,16 @@ class Repair(Selector):
 
     selector: Literal["repair"] = "repair"
     sides = SIDES
+    further: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "over_refusal_score": (
+            "Over-refusal when ablated",
+            "Safe requests, direction removed: the lower, the less is refused.",
+        ),
+        "lost_refusals": (
+            "True refusals lost",
+            "Share of refused harmful requests that are answered with it removed.",
+        ),
+    }
     max_kl_nats: Annotated[float, Field(ge=0)] = 0.2
     """Largest KL on harmless prompts that an ablation may cost."""
     max_lost: Annotated[float, Field(ge=0, le=1)] = 0.05

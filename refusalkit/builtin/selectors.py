@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -50,6 +50,11 @@ class Causal(Selector):
     """
 
     selector: Literal["causal"] = "causal"
+    further: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "estimated_refusal_score": ("Estimated refusal score when ablated", "From gradients, before any is scored."),
+        "estimated_induced_score": ("Estimated refusal score when added", "From gradients, before any is scored."),
+        "estimated_kl_nats": ("Estimated KL when ablated", "From gradients, before any is scored."),
+    }
     max_kl_nats: Annotated[float, Field(ge=0)] = 0.1
     """Largest KL on harmless prompts that an ablation may cost."""
     min_induced_score: float = 0.0

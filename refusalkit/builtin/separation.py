@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,10 @@ class Separation(Selector):
     runs_model = False
     scores_refusals = False
     finds_again = True
+    further: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "auroc": ("AUROC", "Area under the ROC curve of held-out projections: 1 tells the sides apart, 0.5 is chance."),
+        "d_prime": ("Distance of the sides", "Of their mean held-out projections, in standard deviations (d')."),
+    }
     folds: Annotated[int, Field(ge=2, strict=True)] = 5
     """How many parts the training prompts are divided into."""
     min_auroc: Annotated[float, Field(ge=0, le=1)] = 0.5

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from refusalkit.artifacts import Evaluation
 from refusalkit.metric import SIDES
 from refusalkit.paired import detectable
-from refusalkit.report.changes import Change, effects
+from refusalkit.report.changes import Change, Effects, effects
 from refusalkit.report.measured import interventions
 from refusalkit.report.tables import ChangeRow, change_row
 from refusalkit.report.wording import points, side_name
@@ -23,8 +23,8 @@ class Chance:
     """Rates against the unmodified model and against controls."""
     others: tuple[ChangeRow, ...]
     """Means against the same, and interventions against each other."""
-    n_tests: tuple[int, int, int]
-    """How many tests are corrected together: against the unmodified model, controls, and between interventions."""
+    corrected_over: str
+    """Which tests are corrected together, and how many they are."""
     power: tuple[str, ...]
 
 
@@ -43,9 +43,18 @@ def chance(evaluation: Evaluation) -> Chance:
     return Chance(
         _rows(change for change in first if change.second.kind == "rate"),
         _rows([*(change for change in first if change.second.kind == "mean"), *found.between]),
-        (len(found.from_unmodified), len(found.from_controls), len(found.between)),
+        _families(found),
         tuple(_power(evaluation)),
     )
+
+
+def _families(found: Effects) -> str:
+    counts = {
+        "against the unmodified model": len(found.from_unmodified),
+        "against controls": len(found.from_controls),
+        "between interventions": len(found.between),
+    }
+    return " and the ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def _rows(changes: Iterable[Change]) -> tuple[ChangeRow, ...]:

@@ -88,11 +88,13 @@ def scores(choice: Choice) -> list[ScoreKind]:
     """Return the scores this run has: the paper's three where they were taken, then what the selector adds."""
     causal = [score for score in CAUSAL if any(_finite(getattr(row, score.name)) is not None for row in choice.scores)]
     names = dict.fromkeys(name for row in choice.scores for name in row.extra)
-    extra = [
-        ScoreKind(name, name.replace("_", " "), name, f"A further score of the selector `{choice.selector}`.", "plain")
-        for name in list(names)[:MOST_EXTRA]
-    ]
-    return causal + extra
+    return causal + [_further(name, choice) for name in list(names)[:MOST_EXTRA]]
+
+
+def _further(name: str, choice: Choice) -> ScoreKind:
+    unsaid = (name.replace("_", " "), f"A further score of the selector {choice.selector}.")
+    title, meaning = choice.further.get(name, unsaid)
+    return ScoreKind(name, title, name, meaning, "plain")
 
 
 def cells(choice: Choice, candidates: Candidates, labels: Mapping[int, str]) -> list[dict[str, Any]]:
@@ -185,4 +187,5 @@ def _colour(cells: Sequence[Mapping[str, Any]], score: ScoreKind) -> alt.Color:
         # Linear below the paper's threshold of 0.1 nats, logarithmic above it.
         colour = colour.scale(type="symlog", constant=0.1, domain=[0, most], range="ramp")
         return colour.legend(**LEGEND, values=[0, 0.1, most] if most > 0.5 else [0, most], format=".2~g")
-    return colour.scale(domain=[min(values), max(values)] if values else [0, 1], range="ramp")
+    ends = [min(values), max(values)] if values else [0, 1]
+    return colour.scale(domain=ends, range="ramp").legend(**LEGEND, values=ends, format=".2~g")

@@ -66,6 +66,7 @@ def select(
         baseline_refusal_score=selection.baseline_refusal_score,
         baseline_harmless_score=selection.baseline_harmless_score,
         cosine=None if candidates.cosines is None else candidates.cosines[row, chosen.layer].item(),
+        further=dict(selector.further),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,6 +25,17 @@ class Cone(Selector):
     """
 
     selector: Literal["cone"] = "cone"
+    further: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "cone_bypassed_share": ("Share that bypasses", "Of directions drawn: ablated, harmful requests score below 0."),
+        "cone_mean_refusal_score": (
+            "Mean refusal score when ablated",
+            "Over the directions drawn; the lowest wins.",
+        ),
+        "cone_highest_refusal_score": ("Highest refusal score when ablated", "Of the direction that bypasses least."),
+        "cone_induced_share": ("Share that induces", "Of directions drawn: added, harmless requests score above 0."),
+        "cone_lowest_induced_score": ("Lowest refusal score when added", "Of the direction that induces least."),
+        "cone_mean_kl_nats": ("Mean KL when ablated", "On harmless requests, over the directions drawn."),
+    }
     samples: Annotated[int, Field(ge=1, strict=True, examples=[64])] = 512
     """Directions to draw."""
     sampling: Sampling = "hypersphere"
