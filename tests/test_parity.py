@@ -211,18 +211,19 @@ def test_the_found_direction_does_what_controls_do_not_on_a_real_model(model: Pa
 
 
 @pytest.mark.slow
-def test_cosmic_bypasses_refusals_on_a_real_model_over_all_layers_or_at_little_kl(model: Path, tmp_path: Path) -> None:
+def test_cosmic_bypasses_refusals_on_a_real_model_as_well_as_the_causal_choice(model: Path, tmp_path: Path) -> None:
     # All choose at the last position, which saves five sixths of the candidates.
     def run(name: str, **select: Any) -> dict[str, Any]:
         return _measured(tmp_path / name, model, select, "capture.positions=-1")
 
-    # The authors' rule takes (-1, 16) with the 0.5 nats of the causal choice, which leaves most refusals.
-    little = run("little", selector="cosmic", max_kl_nats=0.25)
-    assert (little["choice"]["position"], little["choice"]["layer"]) == (-1, 18)
-    assert _refusal(little, "ablate") < _refusal(little, "none") - 0.5
-    layers = run("layers", selector="cosmic", max_kl_nats=0.5, compared=1.0, each_layer=True)
     causal = run("causal", selector="fixed", position=-1, layer=23)
-    assert _refusal(layers, "ablate") <= _refusal(causal, "ablate") + 0.1
+    for limit in (0.25, 0.5):
+        found = run(f"cosmic-{limit}", selector="cosmic", max_kl_nats=limit)
+        assert _refusal(found, "ablate") <= _refusal(causal, "ablate") + 0.1
+    # The authors' rule needs the lower limit here: with 0.5 nats it takes (-1, 16), which leaves most refusals.
+    authors = run("authors", selector="cosmic", max_kl_nats=0.25, centred=False)
+    assert (authors["choice"]["position"], authors["choice"]["layer"]) == (-1, 18)
+    assert _refusal(authors, "ablate") < _refusal(authors, "none") - 0.5
 
 
 @pytest.mark.slow

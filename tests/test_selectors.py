@@ -24,6 +24,7 @@ from refusalkit.errors import RunError
 from refusalkit.intervention import NOTHING, Intervention
 from refusalkit.pipeline import execute
 from refusalkit.plan import Plan
+from refusalkit.report import heat_map
 from refusalkit.selector import SelectInputs, Tokens
 from refusalkit.store import Store
 from refusalkit.strategy import Captured
@@ -79,8 +80,8 @@ def test_mean_states_do_not_depend_on_batches_packs_or_the_shared_front(found: t
         torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rule", [Cosmic(), Cosmic(compared=1, each_layer=True)], ids=["authors", "each layer"])
-def test_cosmic_is_the_rule_of_its_authors_over_their_mean_or_each_layer(
+@pytest.mark.parametrize("rule", [Cosmic(), Cosmic(centred=False)], ids=["centred", "authors"])
+def test_cosmic_is_the_rule_of_its_authors_about_the_middle_or_zero(
     rule: Cosmic, found: tuple[Engine, SelectInputs]
 ) -> None:
     engine, inputs = found
@@ -93,15 +94,16 @@ def test_cosmic_is_the_rule_of_its_authors_over_their_mean_or_each_layer(
 
 def _by_hand(engine: Engine, inputs: SelectInputs, rule: Cosmic) -> list[tuple[int, int]]:
     """Return the survivors, best first, computed as in the paper's code: candidate by candidate, nothing shared."""
-    training = [algebra.unit(_last_states(engine, inputs.training[side])) for side in ("harmful", "harmless")]
-    layers = (training[0] * training[1]).sum(-1).argsort()[: max(1, int(rule.compared * engine.n_layers))]
+    training = [_last_states(engine, inputs.training[side]) for side in ("harmful", "harmless")]
+    cosines = torch.nn.functional.cosine_similarity(*training, dim=-1)
+    layers = cosines.argsort()[: max(1, int(rule.compared * engine.n_layers))]
+    middle = (training[0] + training[1])[layers].mean(0) / 2 if rule.centred else 0
 
     def state(prompts: Sequence[Tokens], intervention: Intervention | None = None) -> Tensor:
-        states = _last_states(engine, prompts, intervention)[layers]
-        return algebra.unit(states if rule.each_layer else states.mean(0, keepdim=True))
+        return algebra.unit(_last_states(engine, prompts, intervention)[layers].mean(0) - middle)
 
     def alike(some: Tensor, other: Tensor) -> float:
-        return (some * other).sum(-1).mean().item()
+        return (some @ other).item()
 
     harmful, harmless = state(inputs.harmful), state(inputs.harmless)
     plain = engine.logits(inputs.harmless)
@@ -242,3 +244,24 @@ def test_cosmic_chooses_a_direction_that_bypasses_as_much_as_the_causal_choice(
         for name in ("causal", "cosmic")
     }
     assert rates["cosmic"] <= rates["causal"] + 0.1, rates
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["select=cosmic"],
+        ["select=separation"],
+        ["select.screen=gradient"],
+        ["select=repair", "prompts.over_refusal=tiny:over_refusal", "prompts.train=48", "prompts.validation=24"],
+    ],
+    ids=lambda settings: settings[0],
+)
+def test_the_report_says_what_every_further_score_means(settings: list[str], plan_of: PlanOf, tmp_path: Path) -> None:
+    execute(plan_of(*settings), tmp_path / "run", until="select")
+    choice = Store(tmp_path / "run").load(Choice)
+    assert choice is not None
+    given = {name for row in choice.scores for name in row.extra}
+    assert given
+    shown = {score.name: score for score in heat_map.scores(choice)}
+    assert given <= shown.keys()
+    assert all((shown[name].title, shown[name].meaning) == choice.further[name] for name in given)

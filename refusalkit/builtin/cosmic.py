@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import median_low
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -34,20 +34,26 @@ class Cosmic(Selector):
 
     Harmful prompts with the direction ablated should end up where harmless ones do, and harmless prompts with it added
     where harmful ones do: the two cosines are added, and the largest sum wins. They are taken between mean states of
-    the last token behind those blocks in which harmful and harmless training prompts are least alike.
+    the last token behind those blocks in which harmful and harmless training prompts are least alike. The authors' own
+    rule is `centred: false` with `drop_late: true`.
     """
 
     selector: Literal["cosmic"] = "cosmic"
     scores_refusals = False
+    further: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "ablated_similarity": ("Similarity when ablated", "Of harmful requests, direction removed, to harmless ones."),
+        "added_similarity": ("Similarity when added", "Of harmless requests, direction added, to harmful ones."),
+        "cosmic_score": ("COSMIC score", "The sum of the two similarities: the highest is chosen."),
+    }
     max_kl_nats: Annotated[float, Field(ge=0)] = 0.1
     """Largest KL on harmless prompts that an ablation may cost."""
     prune_last: Fraction = 0.2
     """Share of the last layers whose candidates are never chosen."""
     compared: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of the layers in which states are compared, at least one layer."""
-    each_layer: bool = False
-    """Compare states layer by layer and average the cosines, so that every layer weighs the same. The authors compare
-    the mean state over the layers, in which those of large norm weigh most."""
+    centred: bool = True
+    """Take cosines about the middle of the two sides' training means. The authors take them about zero, from where
+    states of both sides point almost the same way, and what they share hides in which way they differ."""
     drop_late: bool = False
     """Drop, as the authors do, the last position's candidates behind the layers in which other positions score best.
     A model whose refusal direction shows at the last position alone loses all of them that way."""
@@ -85,15 +91,22 @@ class Cosmic(Selector):
             "other positions",
         )
 
-    def _layers(self, inputs: SelectInputs, subject: Subject) -> list[int]:
-        """Return the layers behind which harmful and harmless training prompts are least alike."""
+    def _origin(self, inputs: SelectInputs, subject: Subject) -> tuple[list[int], Tensor]:
+        """Return the layers to compare in, and the mean state over them [d_model] that cosines are taken about.
+
+        They are those behind which harmful and harmless training prompts are least alike.
+        """
+        import torch
+
         from refusalkit import algebra
 
-        layers = range(subject.n_layers)
         sides = (inputs.training["harmful"], inputs.training["harmless"])
-        means = [algebra.unit(subject.mean_states(prompts, [NOTHING], layers)[0]) for prompts in sides]
-        alike = (means[0] * means[1]).sum(-1)
-        return sorted(alike.argsort(stable=True)[: max(1, int(self.compared * len(layers)))].tolist())
+        every = range(subject.n_layers)
+        means = torch.cat([subject.mean_states(prompts, [NOTHING], every) for prompts in sides])
+        alike = algebra.unit(means).prod(0).sum(-1)
+        layers = sorted(alike.argsort(stable=True)[: max(1, int(self.compared * len(every)))].tolist())
+        middle = means[:, layers].mean((0, 1))
+        return layers, middle if self.centred else torch.zeros_like(middle)
 
     def _similarities(
         self, everything: Sequence[Candidate], fell: dict[Candidate, str], inputs: SelectInputs, subject: Subject
@@ -105,16 +118,15 @@ class Cosmic(Selector):
         """
         from refusalkit import algebra
 
-        layers = self._layers(inputs, subject)
+        layers, origin = self._origin(inputs, subject)
 
         def states(prompts: Sequence[Tokens], interventions: Sequence[Intervention], what: str | None) -> Tensor:
-            """Return unit states [intervention, layer, d_model]; the authors' mean over layers is the one layer."""
+            """Return the unit mean state over layers [intervention, d_model]."""
             advance = _told(inputs, what) if what else None
-            means = subject.mean_states(prompts, interventions, layers, advance)
-            return algebra.unit(means if self.each_layer else means.mean(1, keepdim=True))
+            return algebra.unit(subject.mean_states(prompts, interventions, layers, advance).mean(1) - origin)
 
         def alike(some: Tensor, other: Tensor) -> list[float]:
-            return (some * other).sum(-1).mean(-1).tolist()
+            return (some * other).sum(-1).tolist()
 
         harmful, harmless = (states(prompts, [NOTHING], None) for prompts in (inputs.harmful, inputs.harmless))
         tried = [candidate for candidate in everything if fell.get(candidate) not in (NOT_A_NUMBER, NO_DIFFERENCE)]
