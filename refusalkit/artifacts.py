@@ -184,8 +184,8 @@ class Choice(Artifact):
     baseline_harmless_score: float | None
     cosine: MaybeNaN | None = None
     """Between the direction, of a subspace the first row, and the difference in means at the same place."""
-    further: dict[str, tuple[str, str]] = Field(default_factory=dict)
-    """What each further score is called, and what it means, by the selector's word."""
+    meanings: dict[str, tuple[str, str]] = Field(default_factory=dict)
+    """What the selector calls a score, and what it says of it."""
 
     @property
     def chosen(self) -> ScoreRow:

@@ -237,13 +237,26 @@ def _check_sides(recipe: Recipe) -> None:
 
 
 def _check_finds_again(recipe: Recipe) -> None:
-    if recipe.select.finds_again and recipe.find.needs_model:
+    selector, find = recipe.select, recipe.find
+    if (selector.finds_again or selector.tries) and find.needs_model:
         raise InputError(
-            f"{recipe.select.selector} finds directions again from parts of the activations, and "
-            f"{recipe.find.label} needs the model for that",
+            f"{selector.selector} finds directions again, and {find.label} needs the model for that",
             where="select",
             hint="choose another selector, such as causal",
         )
+    for option in selector.tries:
+        if option not in type(find).model_fields:
+            raise InputError(
+                f"{selector.selector} tries values of `{option}`, which {find.strategy} does not have",
+                where="select",
+                hint="take a strategy that has it, such as false_refusal, or let the selector try nothing",
+            )
+        if option in find.model_fields_set:
+            raise InputError(
+                f"`find.{option}` has one value, and {selector.selector} tries several",
+                where="select",
+                hint=f"leave out `find.{option}`, or let the selector try nothing",
+            )
 
 
 def chat_template(recipe: Recipe, checkpoint: Checkpoint) -> ChatTemplate:

@@ -209,8 +209,9 @@ def recipe_type(registry: Registry) -> type[Recipe]:
     path (`find.pca.compnent`) and editors complete the options of installed plugins.
     """
     strategy = _choice(find_types(registry), "strategy", default="difference_in_means")
-    selector = _choice(registry.selectors, "selector", default="causal")
     intervention = _choice(_with_parts(registry.interventions), "intervention")
+    selectors = {name: _holding(intervention, kind, InterventionSpec) for name, kind in registry.selectors.items()}
+    selector = _choice(selectors, "selector", default="causal")
     metric = _choice(registry.metrics, "metric")
     analysis = _choice(ANALYSES, "analysis")
     evaluate = create_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -89,6 +89,13 @@ class Subject(Protocol):
         """
 
 
+class Finder(Protocol):
+    """What finds directions again, by the recipe's strategy."""
+
+    def __call__(self, captured: Mapping[Side, Captured], **options: Any) -> Tensor:
+        """Return directions as in `SelectInputs`, from other activations or with other `options` of the strategy."""
+
+
 @dataclass(frozen=True, eq=False)
 class SelectInputs:
     """Hold what a selector chooses from and the validation prompts it may use."""
@@ -109,8 +116,8 @@ class SelectInputs:
     """The prompts that directions were found from."""
     captured: Mapping[Side, Captured] = field(default_factory=dict)
     """Their activations; every prompt's for a selector that needs `samples`."""
-    find: Callable[[Mapping[Side, Captured]], Tensor] | None = None
-    """Finds directions again, from other activations; None where the strategy needs the model."""
+    find: Finder | None = None
+    """Finds directions again; None where the strategy needs the model."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,8 @@ class Selection:
     """When nothing survived: the candidate that came closest and what stopped it, in one sentence."""
     hint: str | None = None
     """When nothing survived: what to change in the recipe."""
+    direction: Tensor | None = None
+    """[d_model] or [rank, d_model] float64: what was chosen, where it is not the candidate as it was found."""
 
 
 class Selector(BaseModel, ABC):
@@ -166,11 +175,17 @@ class Selector(BaseModel, ABC):
     """Whether it looks at refusal scores, and so at the openers."""
     finds_again: ClassVar[bool] = False
     """Whether it finds directions again (`SelectInputs.find`), which takes a strategy that does not need the model."""
-    further: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    """What the report calls each of its further scores (`Score.extra`), and what it says of them in a sentence."""
+    meanings: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """What the report calls each of its further scores (`Score.extra`), and what it says of them in a sentence; of the
+    paper's three too, where they are not taken as the paper does."""
     openers: Literal["auto"] | tuple[str | TokenId, ...] = "auto"
     """The texts that open a refusal, turned into token ids in context, or token ids; `auto` takes the family's where
     this model says them and otherwise finds them on the training prompts."""
+
+    @property
+    def tries(self) -> Mapping[str, Sequence[Any]]:
+        """The options of the strategy that it tries values of itself, so that the recipe gives none."""
+        return {}
 
     @property
     def needs_gradients(self) -> bool:

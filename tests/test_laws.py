@@ -227,6 +227,7 @@ def test_an_intervention_obeys_its_laws_with_other_options(spec: InterventionSpe
         Separation(folds=3, min_auroc=1.0, seed=1),
         Repair(max_kl_nats=50.0, max_lost=1.0),
         Repair(max_kl_nats=50.0, max_lost=0.0),
+        Repair(max_kl_nats=50.0, max_lost=1.0, apply=Affine(), shares=(1.0, 0.5)),
     ],
     ids=repr,
 )

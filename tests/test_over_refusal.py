@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from refusalkit.artifacts import Activations, Evaluation, PromptSplits
+from refusalkit.artifacts import Activations, Choice, Evaluation, PromptSplits
 from refusalkit.errors import InputError, RunError
 from refusalkit.metric import SIDES
 from refusalkit.pipeline import execute
@@ -19,6 +21,7 @@ from refusalkit.registry import Registry
 from refusalkit.store import STAGES, Store
 
 from .conftest import ROOT
+from .reference import build_reference_model, needs_shared, write_reference_recipe
 
 PlanOf = Callable[..., Plan]
 OVER = "prompts.over_refusal=tiny:over_refusal"
@@ -85,7 +88,7 @@ def test_a_recipe_without_them_runs_as_if_there_were_none(plan_of: PlanOf, tmp_p
 def test_a_small_source_is_divided_in_proportion(plan_of: PlanOf) -> None:
     plan = plan_of("prompts.over_refusal=builtin:over_refusal_safe", "prompts.train=128", "prompts.validation=32")
     sizes = {split: len(prompts) for split, prompts in plan.prompts.sides["over_refusal"].items()}
-    assert sizes == {"train": 45, "validation": 11, "test": 2}
+    assert sizes == {"train": 91, "validation": 22, "test": 5}
     few = plan_of("prompts.over_refusal=builtin:over_refusal_safe")
     assert len(few.prompts.sides["over_refusal"]["train"]) == 16
 
@@ -119,9 +122,81 @@ def test_a_model_that_does_not_over_refuse_has_nothing_to_repair(plan_of: PlanOf
         execute(plan_of(answered, "find=false_refusal"), tmp_path / "found", until="capture")
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("find=pca", "repair tries values of `share`, which pca does not have"),
+        ("find.share=0.5", "`find.share` has one value, and repair tries several"),
+    ],
+)
+def test_a_share_is_tried_or_given(setting: str, message: str, plan_of: PlanOf) -> None:
+    settings = [OVER, "find=false_refusal", "select=repair", "select.shares=[1, 0.5]"]
+    assert plan_of(*settings)
+    with pytest.raises(InputError, match=re.escape(message)):
+        plan_of(*settings, setting)
+
+
+@pytest.mark.parametrize("apply", ["orthogonalize", "conditional", "none"])
+def test_a_repair_is_tried_on_activations_without_a_gate(apply: str, plan_of: PlanOf) -> None:
+    with pytest.raises(InputError, match="cannot be tried"):
+        plan_of(OVER, "select=repair", f"select.apply={apply}")
+
+
+def test_the_best_share_is_the_best_of_runs_with_one_each(plan_of: PlanOf, tmp_path: Path) -> None:
+    def chosen(name: str, *settings: str) -> Choice:
+        common = [OVER, "find=false_refusal", "select=repair", "select.apply=affine", "select.max_lost=0.2"]
+        common += ["prompts.train=48", "prompts.validation=24"]
+        execute(plan_of(*common, *settings), tmp_path / name, until="select")
+        choice = Store(tmp_path / name).load(Choice)
+        assert choice is not None
+        return choice
+
+    shares = (1.0, 0.7, 0.4)
+    alone = [chosen(str(share), f"find.share={share}") for share in shares]
+    best = min(alone, key=lambda choice: choice.chosen.extra["over_refusal_score"])
+    together = chosen("together", f"select.shares={list(shares)}")
+    assert (together.position, together.layer) == (best.position, best.layer)
+    assert together.chosen.extra["share"] == shares[alone.index(best)]
+    assert torch.equal(together.direction, best.direction)
+    assert together.cosine == pytest.approx(best.cosine)
+    assert together.chosen.extra["over_refusal_score"] == pytest.approx(best.chosen.extra["over_refusal_score"])
+
+
+RECIPE = ROOT / "recipes" / "repair-over-refusal.yaml"
+AUTHORS = [
+    *("select.apply=ablate", "select.shares=[0.7]", "select.max_lost=0.05", "evaluate.interventions=[none, ablate]"),
+    *("prompts.train=64", "prompts.validation=32", "prompts.test=64"),
+]
+
+
+def _tested(folder: Path, intervention: str) -> dict[str, dict[str, Any]]:
+    """Return the paired tests of over-refusal under an intervention, by what it is compared with."""
+    tests = json.loads((folder / "tests.json").read_text(encoding="utf-8"))
+    return {
+        row["against"]: row
+        for row in (*tests["from_unmodified"], *tests["from_controls"])
+        if (row["intervention"], row["prompts"], row["metric"]) == (intervention, "over_refusal", "refusal_rate")
+    }
+
+
 def test_the_recipe_repairs_over_refusal_and_keeps_true_refusals(registry: Registry, tmp_path: Path) -> None:
-    recipe = load_recipe(ROOT / "recipes" / "repair-over-refusal.yaml", registry, ["evaluate.max_new_tokens=12"])
-    execute(make_plan(recipe, ROOT / "recipes", registry), tmp_path / "run")
+    recipe = load_recipe(RECIPE, registry, ["evaluate.max_new_tokens=12"])
+    execute(make_plan(recipe, RECIPE.parent, registry), tmp_path / "run")
+    before, after = (_rates(tmp_path / "run", label) for label in ("none", "affine"))
+    assert before["over_refusal"]["value"] > 0.4
+    found = _tested(tmp_path / "run", "affine")
+    for against in ("none", "affine_random"):
+        assert found[against]["difference"] < -0.1
+        assert found[against]["p_corrected"] < 0.05
+    assert after["harmful"]["value"] >= before["harmful"]["low"]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    said = "repairs over-refusal in part: putting it at the harmless mean lowers refusal of held-out safe requests"
+    assert said in page
+
+
+def test_removing_what_is_left_repairs_over_refusal_too(registry: Registry, tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPE, registry, ["evaluate.max_new_tokens=12", *AUTHORS])
+    execute(make_plan(recipe, RECIPE.parent, registry), tmp_path / "run")
     before, after = (_rates(tmp_path / "run", label) for label in ("none", "ablate"))
     assert before["over_refusal"]["value"] > 0.4
     # Measurably less: the intervals lie apart.
@@ -134,11 +209,31 @@ def test_the_recipe_repairs_over_refusal_and_keeps_true_refusals(registry: Regis
 
 
 def test_without_the_projection_repair_costs_the_true_refusals(registry: Registry, tmp_path: Path) -> None:
-    settings = ["evaluate.max_new_tokens=4", "find.share=0", "select.max_lost=1", "prompts.test=32"]
-    recipe = load_recipe(ROOT / "recipes" / "repair-over-refusal.yaml", registry, settings)
-    execute(make_plan(recipe, ROOT / "recipes", registry), tmp_path / "run")
+    settings = ["evaluate.max_new_tokens=4", *AUTHORS, "select.shares=[0]", "select.max_lost=1", "prompts.test=32"]
+    settings += ["evaluate.interventions=[none, ablate]"]
+    recipe = load_recipe(RECIPE, registry, settings)
+    execute(make_plan(recipe, RECIPE.parent, registry), tmp_path / "run")
     before, after = (_rates(tmp_path / "run", label) for label in ("none", "ablate"))
     assert after["over_refusal"]["value"] < 0.1
     assert after["harmful"]["high"] < before["harmful"]["low"]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "lowers over-refusal, and true refusals with it" in page
+
+
+@pytest.mark.slow
+@needs_shared
+def test_false_refusal_repairs_a_real_model_and_keeps_its_true_refusals(registry: Registry, tmp_path: Path) -> None:
+    model = build_reference_model(tmp_path / "model")
+    select = {"selector": "repair", "apply": "affine", "shares": [0.7, 0.55]}
+    path = write_reference_recipe(tmp_path, model, select)
+    sizes = ["prompts.train=60", "prompts.validation=20", "prompts.test=40", "prompts.filter=true"]
+    # The last position alone: all six would take six times as long.
+    settings = ["find=false_refusal", "prompts.over_refusal=builtin:over_refusal_safe", "capture.positions=-1", *sizes]
+    settings += ["evaluate.interventions=[affine]", "evaluate.metrics=[refusal_rate]", "evaluate.max_new_tokens=8"]
+    execute(make_plan(load_recipe(path, registry, settings), tmp_path, registry), tmp_path / "run")
+    before, after = (_rates(tmp_path / "run", label) for label in ("none", "affine"))
+    assert after["harmful"]["value"] >= before["harmful"]["low"]
+    found = _tested(tmp_path / "run", "affine")
+    for against in ("none", "affine_random"):
+        assert found[against]["difference"] < -0.1, found
+        assert found[against]["p_corrected"] < 0.05, found

@@ -450,6 +450,6 @@ def test_over_refusal_prompts_come_in_twins() -> None:
         assert set(row) == {"prompt", "label", "pair", "category"}
         labels.setdefault(row["pair"], []).append(row["label"])
     assert sorted(labels) == list(range(len(labels)))
-    assert len(labels) >= 55
+    assert len(labels) >= 110
     assert all(sorted(pair) == ["safe", "unsafe"] for pair in labels.values())
     assert len(builtin("over_refusal_safe")) == len(builtin("over_refusal_unsafe")) == len(labels)

@@ -374,6 +374,7 @@ def test_the_schema_accepts_what_the_recipe_accepts(
         "find: {strategy: random, sead: 3}",
         "find: rendom",
         "select: {selector: fixed, layers: 3}",
+        "select: {selector: repair, apply: {intervention: affine, alfa: 1}}",
         "capture: {positions: 0}",
         "description: 3",
         "  interventions: [{intervention: ablate, layers: [2]}]",

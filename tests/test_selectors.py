@@ -264,4 +264,4 @@ def test_the_report_says_what_every_further_score_means(settings: list[str], pla
     assert given
     shown = {score.name: score for score in heat_map.scores(choice)}
     assert given <= shown.keys()
-    assert all((shown[name].title, shown[name].meaning) == choice.further[name] for name in given)
+    assert all((shown[name].title, shown[name].meaning) == choice.meanings[name] for name in given)

@@ -40,7 +40,7 @@ class Cosmic(Selector):
 
     selector: Literal["cosmic"] = "cosmic"
     scores_refusals = False
-    further: ClassVar[Mapping[str, tuple[str, str]]] = {
+    meanings: ClassVar[Mapping[str, tuple[str, str]]] = {
         "ablated_similarity": ("Similarity when ablated", "Of harmful requests, direction removed, to harmless ones."),
         "added_similarity": ("Similarity when added", "Of harmless requests, direction added, to harmful ones."),
         "cosmic_score": ("COSMIC score", "The sum of the two similarities: the highest is chosen."),

@@ -50,7 +50,7 @@ class Causal(Selector):
     """
 
     selector: Literal["causal"] = "causal"
-    further: ClassVar[Mapping[str, tuple[str, str]]] = {
+    meanings: ClassVar[Mapping[str, tuple[str, str]]] = {
         "estimated_refusal_score": ("Estimated refusal score when ablated", "From gradients, before any is scored."),
         "estimated_induced_score": ("Estimated refusal score when added", "From gradients, before any is scored."),
         "estimated_kl_nats": ("Estimated KL when ablated", "From gradients, before any is scored."),

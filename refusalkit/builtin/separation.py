@@ -32,7 +32,7 @@ class Separation(Selector):
     runs_model = False
     scores_refusals = False
     finds_again = True
-    further: ClassVar[Mapping[str, tuple[str, str]]] = {
+    meanings: ClassVar[Mapping[str, tuple[str, str]]] = {
         "auroc": ("AUROC", "Area under the ROC curve of held-out projections: 1 tells the sides apart, 0.5 is chance."),
         "d_prime": ("Distance of the sides", "Of their mean held-out projections, in standard deviations (d')."),
     }

@@ -1,7 +1,7 @@
 """Say in one sentence what was found, following the numbers and nothing else.
 
-An effect is called measurable when the 95% intervals before and after do not overlap, which is stricter than a test
-at 5%. A strong effect also removes at least three quarters of the refusals, or makes at least half of the harmless
+An effect is called measurable when the paired test over its prompts finds it at 5%, the one that the report's tables
+show. A strong effect also removes at least three quarters of the refusals, or makes at least half of the harmless
 requests refused. A control that does much the same takes the credit away, unless it breaks the model where the
 direction does not: what is left of refusals then says nothing about what the direction does.
 """
@@ -15,6 +15,8 @@ from typing import Literal
 
 from refusalkit.artifacts import Choice, Evaluation, Result
 from refusalkit.metric import Side
+from refusalkit.report.changes import LEVEL
+from refusalkit.report.changes import change as changes
 from refusalkit.report.measured import BASELINE, controls_of, find, interventions, is_control, metrics
 from refusalkit.report.wording import number, points, with_interval
 
@@ -48,7 +50,7 @@ class Effect:
     @property
     def size(self) -> Size:
         """How much it did, in the direction that was wanted."""
-        if not _apart(self.before, self.after):
+        if not _differ(self.before, self.after):
             return "none"
         if (self.after.value - self.before.value) * self.wanted < 0:
             return "reversed"
@@ -71,7 +73,7 @@ class Effect:
     def control_matters(self) -> bool:
         """Whether a control direction did measurably something, and at least half as much."""
         half = abs(self.after.value - self.before.value) / 2
-        return any(_apart(self.before, row) and abs(row.value - self.before.value) >= half for row in self.controls)
+        return any(_differ(self.before, row) and abs(row.value - self.before.value) >= half for row in self.controls)
 
     @property
     def what(self) -> str:
@@ -96,8 +98,8 @@ class Effect:
         return f"{self.verb} takes {self.what} from {before} to {after}"
 
 
-def _apart(one: Result, other: Result) -> bool:
-    return one.high < other.low or other.high < one.low
+def _differ(one: Result, other: Result) -> bool:
+    return any(change.found.p < LEVEL for change in changes("", one, other))
 
 
 def sentence(choice: Choice, evaluation: Evaluation, *, repairs: bool = False) -> str:
@@ -185,14 +187,24 @@ def _verdict(effects: list[Effect]) -> str:
 
 
 def _removing(evaluation: Evaluation, side: Side = "harmful") -> Effect | None:
-    """Take the strongest form of removal that was measured: ablation, then the weights, then subtraction."""
+    """Take the strongest form of removal that was measured: ablation, the weights, the harmless mean, subtraction."""
     names = [label for label in interventions(evaluation) if not is_control(label)]
     # The plain form says more than one that is kept to some layers or tokens.
     names.sort(key=lambda label: label != _kind(label))
-    kinds = (("ablate", "removing it"), ("orthogonalize", "removing it from the weights"))
-    for kind, verb in kinds:
+    kinds = {
+        "ablate": "removing it",
+        "orthogonalize": "removing it from the weights",
+        "mean_ablate": "putting it at the harmless mean",
+        "affine": "putting it at the harmless mean",
+    }
+    for kind, verb in kinds.items():
         for label in names:
-            if _kind(label) == kind and (effect := _effect(evaluation, label, side, verb, -1)):
+            # With another alpha the affine edit adds.
+            if (
+                _kind(label) == kind
+                and "alpha=" not in label
+                and (effect := _effect(evaluation, label, side, verb, -1))
+            ):
                 return effect
     for label in names:
         if _kind(label) != "steer" or _scale(label) > 0:

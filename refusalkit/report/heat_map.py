@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import altair as alt
@@ -88,13 +88,14 @@ def scores(choice: Choice) -> list[ScoreKind]:
     """Return the scores this run has: the paper's three where they were taken, then what the selector adds."""
     causal = [score for score in CAUSAL if any(_finite(getattr(row, score.name)) is not None for row in choice.scores)]
     names = dict.fromkeys(name for row in choice.scores for name in row.extra)
-    return causal + [_further(name, choice) for name in list(names)[:MOST_EXTRA]]
+    unsaid = f"A further score of the selector {choice.selector}."
+    extra = [ScoreKind(name, name.replace("_", " "), name, unsaid, "plain") for name in list(names)[:MOST_EXTRA]]
+    return [_in_its_words(score, choice) for score in causal + extra]
 
 
-def _further(name: str, choice: Choice) -> ScoreKind:
-    unsaid = (name.replace("_", " "), f"A further score of the selector {choice.selector}.")
-    title, meaning = choice.further.get(name, unsaid)
-    return ScoreKind(name, title, name, meaning, "plain")
+def _in_its_words(score: ScoreKind, choice: Choice) -> ScoreKind:
+    title, meaning = choice.meanings.get(score.name, (score.title, score.meaning))
+    return replace(score, title=title, meaning=meaning)
 
 
 def cells(choice: Choice, candidates: Candidates, labels: Mapping[int, str]) -> list[dict[str, Any]]:

@@ -27,18 +27,24 @@ def find(section: Find, activations: Activations, model: Model | None = None) ->
     when the result has another shape than directions have, or is zero everywhere.
     """
     directions = directions_from(section, activations.captured, model)
-    difference = activations.harmful_mean - activations.harmless_mean
-    leading = directions if directions.ndim == 3 else directions[:, :, 0]
-    cosines = (algebra.unit(leading) * algebra.unit(difference)).sum(-1)
-    missing = ~(leading.any(-1) & difference.any(-1))
     return Candidates(
         strategy=section.label,
         site=activations.site,
         positions=activations.positions,
         directions=directions,
-        cosines=cosines.masked_fill(missing, float("nan")),
+        cosines=cosines(directions, activations.harmful_mean - activations.harmless_mean),
         repairs="over_refusal" in section.sides,
     )
+
+
+def cosines(directions: Tensor, difference: Tensor) -> Tensor:
+    """Return the cosines of directions [..., (rank,) d_model] with the difference in means [..., d_model].
+
+    Of a subspace the first row counts. It is not a number where one of the two is zero.
+    """
+    leading = directions if directions.ndim == difference.ndim else directions[..., 0, :]
+    missing = ~(leading.any(-1) & difference.any(-1))
+    return (algebra.unit(leading) * algebra.unit(difference)).sum(-1).masked_fill(missing, float("nan"))
 
 
 def model_inputs(activations: Activations, splits: PromptSplits, bench: Bench) -> ModelInputs:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
 
 from refusalkit.arithmetic import Find
 from refusalkit.artifacts import Activations, Candidates, Choice, PromptSplits, ScoreRow
 from refusalkit.errors import RunError
+from refusalkit.metric import Side
 from refusalkit.selector import SelectInputs, Selection, Selector
 from refusalkit.stages.bench import Bench
-from refusalkit.stages.find import directions_from
+from refusalkit.stages.find import cosines, directions_from
 from refusalkit.stages.prompts import check_enough
+from refusalkit.strategy import Captured
 
 
 def select(
@@ -18,6 +24,10 @@ def select(
 ) -> Choice:
     """Let the selector choose on the validation prompts; raises `RunError` when nothing survives."""
     section, activations, candidates = found
+
+    def find(captured: Mapping[Side, Captured], **options: Any) -> Tensor:
+        return directions_from(section.model_copy(update=options), captured)
+
     for side in selector.sides:
         check_enough(splits, side, "validation")
     validation = {side: bench.tokens(splits.of(side, "validation")) for side in selector.sides}
@@ -31,7 +41,7 @@ def select(
             **validation,
             training={side: bench.tokens(splits.of(side, "train")) for side in activations.captured},
             captured=activations.captured,
-            find=None if section.needs_model else lambda captured: directions_from(section, captured),
+            find=None if section.needs_model else find,
         ),
         bench.engine,
     )
@@ -39,18 +49,20 @@ def select(
     if chosen is None:
         raise nothing_survived(selection)
     row = candidates.positions.index(chosen.position)
-    if not candidates.directions[row, chosen.layer].any():
+    direction = candidates.directions[row, chosen.layer] if selection.direction is None else selection.direction
+    if not direction.any():
         raise RunError(
             f"the direction at position {chosen.position}, layer {chosen.layer} is zero: nothing was found there",
             where="select",
             hint="choose another place: at layer 0 template tokens are the same in every prompt, and a direction "
             "that is trained is found at one place",
         )
+    difference = activations.harmful_mean - activations.harmless_mean
     return Choice(
         selector=selector.selector,
         position=chosen.position,
         layer=chosen.layer,
-        direction=candidates.directions[row, chosen.layer].clone(),
+        direction=direction.clone(),
         scores=tuple(
             ScoreRow(
                 position=score.position,
@@ -65,8 +77,8 @@ def select(
         ),
         baseline_refusal_score=selection.baseline_refusal_score,
         baseline_harmless_score=selection.baseline_harmless_score,
-        cosine=None if candidates.cosines is None else candidates.cosines[row, chosen.layer].item(),
-        further=dict(selector.further),
+        cosine=cosines(direction, difference[row, chosen.layer]).item(),
+        meanings=dict(selector.meanings),
     )
 
 

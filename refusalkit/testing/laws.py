@@ -310,7 +310,7 @@ def check_selector(selector: Selector, engine: Engine) -> tuple[Law, ...]:
         over_refusal=random_prompts(4, seed=3),
         training=training,
         captured=captured,
-        find=lambda parts: parts["harmful"].mean - parts["harmless"].mean,
+        find=lambda captured, **options: captured["harmful"].mean - captured["harmless"].mean,
     )
     selection = selector.select(inputs, engine)
     again = selector.select(inputs, engine)

@@ -25,7 +25,7 @@ class Cone(Selector):
     """
 
     selector: Literal["cone"] = "cone"
-    further: ClassVar[Mapping[str, tuple[str, str]]] = {
+    meanings: ClassVar[Mapping[str, tuple[str, str]]] = {
         "cone_bypassed_share": ("Share that bypasses", "Of directions drawn: ablated, harmful requests score below 0."),
         "cone_mean_refusal_score": (
             "Mean refusal score when ablated",
