@@ -236,4 +236,4 @@ def test_false_refusal_repairs_a_real_model_and_keeps_its_true_refusals(registry
     found = _tested(tmp_path / "run", "affine")
     for against in ("none", "affine_random"):
         assert found[against]["difference"] < -0.1, found
-        assert found[against]["p_corrected"] < 0.05, found
+        assert found[against]["p"] < 0.05, found
