@@ -152,7 +152,7 @@ class Selection:
     """When nothing survived: the candidate that came closest and what stopped it, in one sentence."""
     hint: str | None = None
     """When nothing survived: what to change in the recipe."""
-    direction: Tensor | None = None
+    direction: Tensor | None = field(default=None, compare=False)
     """[d_model] or [rank, d_model] float64: what was chosen, where it is not the candidate as it was found."""
 
 

@@ -49,14 +49,7 @@ def select(
     if chosen is None:
         raise nothing_survived(selection)
     row = candidates.positions.index(chosen.position)
-    direction = candidates.directions[row, chosen.layer] if selection.direction is None else selection.direction
-    if not direction.any():
-        raise RunError(
-            f"the direction at position {chosen.position}, layer {chosen.layer} is zero: nothing was found there",
-            where="select",
-            hint="choose another place: at layer 0 template tokens are the same in every prompt, and a direction "
-            "that is trained is found at one place",
-        )
+    direction = _direction(selection, candidates, (row, chosen.layer))
     difference = activations.harmful_mean - activations.harmless_mean
     return Choice(
         selector=selector.selector,
@@ -80,6 +73,18 @@ def select(
         cosine=cosines(direction, difference[row, chosen.layer]).item(),
         meanings=dict(selector.meanings),
     )
+
+
+def _direction(selection: Selection, candidates: Candidates, at: tuple[int, int]) -> Tensor:
+    direction = candidates.directions[at] if selection.direction is None else selection.direction
+    if not direction.any():
+        raise RunError(
+            f"the direction at position {candidates.positions[at[0]]}, layer {at[1]} is zero: nothing was found there",
+            where="select",
+            hint="choose another place: at layer 0 template tokens are the same in every prompt, and a direction "
+            "that is trained is found at one place",
+        )
+    return direction
 
 
 def nothing_survived(selection: Selection) -> RunError:
