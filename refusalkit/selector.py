@@ -89,13 +89,6 @@ class Subject(Protocol):
         """
 
 
-class Finder(Protocol):
-    """What finds directions again, by the recipe's strategy."""
-
-    def __call__(self, captured: Mapping[Side, Captured], **options: Any) -> Tensor:
-        """Return directions as in `SelectInputs`, from other activations or with other `options` of the strategy."""
-
-
 @dataclass(frozen=True, eq=False)
 class SelectInputs:
     """Hold what a selector chooses from and the validation prompts it may use."""
@@ -116,8 +109,9 @@ class SelectInputs:
     """The prompts that directions were found from."""
     captured: Mapping[Side, Captured] = field(default_factory=dict)
     """Their activations; every prompt's for a selector that needs `samples`."""
-    find: Finder | None = None
-    """Finds directions again; None where the strategy needs the model."""
+    find: Callable[..., Tensor] | None = None
+    """Finds directions again: `find(captured, **options)`, from other activations or with other options of the
+    strategy; None where the strategy needs the model."""
 
 
 @dataclass(frozen=True)
