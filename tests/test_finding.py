@@ -39,16 +39,6 @@ def test_no_effect_is_said_plainly(choice: Choice) -> None:
     assert "(90% [80, 95] before, 88% [78, 94] after)" in said
 
 
-def test_an_effect_is_judged_prompt_by_prompt(choice: Choice) -> None:
-    found = evaluation_of({"none": (0.5, 0.0), "ablate": (0.34, 0.0)})
-    assert "(" not in sentence(choice, found), "ten prompts are answered that were refused, and none the other way"
-    before, after = (row for row in found.results if row.prompts == "harmful")
-    # The same rates over prompts that change both ways.
-    other = after.model_copy(update={"values": after.values[::-1]})
-    said = sentence(choice, found.model_copy(update={"results": (before, other)}))
-    assert "does not measurably change refusal of held-out harmful requests (50% [" in said
-
-
 def test_one_strong_half_does_not_speak_for_the_other(choice: Choice) -> None:
     no_adding = sentence(choice, evaluation_of({"none": (0.98, 0.02), "ablate": (0.03, 0.0), "steer": (0.9, 0.03)}))
     assert "switches refusal off, but not on" in no_adding

@@ -21,7 +21,6 @@ from refusalkit.registry import Registry
 from refusalkit.store import STAGES, Store
 
 from .conftest import ROOT
-from .reference import build_reference_model, needs_shared, write_reference_recipe
 
 PlanOf = Callable[..., Plan]
 OVER = "prompts.over_refusal=tiny:over_refusal"
@@ -189,9 +188,6 @@ def test_the_recipe_repairs_over_refusal_and_keeps_true_refusals(registry: Regis
         assert found[against]["difference"] < -0.1
         assert found[against]["p_corrected"] < 0.05
     assert after["harmful"]["value"] >= before["harmful"]["low"]
-    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    said = "repairs over-refusal in part: putting it at the harmless mean lowers refusal of held-out safe requests"
-    assert said in page
 
 
 def test_removing_what_is_left_repairs_over_refusal_too(registry: Registry, tmp_path: Path) -> None:
@@ -218,24 +214,3 @@ def test_without_the_projection_repair_costs_the_true_refusals(registry: Registr
     assert after["harmful"]["high"] < before["harmful"]["low"]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "lowers over-refusal, and true refusals with it" in page
-
-
-@pytest.mark.slow
-@needs_shared
-def test_false_refusal_repairs_a_real_model_and_keeps_its_true_refusals(registry: Registry, tmp_path: Path) -> None:
-    model = build_reference_model(tmp_path / "model")
-    select = {"selector": "repair", "apply": "affine", "shares": [0.7, 0.55]}
-    path = write_reference_recipe(tmp_path, model, select)
-    sizes = ["prompts.train=60", "prompts.validation=20", "prompts.test=40", "prompts.filter=true"]
-    # The last position alone: all six would take six times as long.
-    settings = ["find=false_refusal", "prompts.over_refusal=builtin:over_refusal_safe", "capture.positions=-1", *sizes]
-    settings += ["evaluate.interventions=[affine]", "evaluate.metrics=[refusal_rate]", "evaluate.max_new_tokens=8"]
-    execute(make_plan(load_recipe(path, registry, settings), tmp_path, registry), tmp_path / "run")
-    before, after = (_rates(tmp_path / "run", label) for label in ("none", "affine"))
-    assert after["harmful"]["value"] >= before["harmful"]["low"]
-    found = _tested(tmp_path / "run", "affine")["none"]
-    assert found["difference"] < -0.1
-    # Corrected together with what is asked of the other two sides, 40 prompts are too few for 5%.
-    assert found["p"] < 0.05
-    control = _rates(tmp_path / "run", "affine_random")
-    assert control["over_refusal"]["value"] > after["over_refusal"]["value"] + 0.1

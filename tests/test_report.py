@@ -71,14 +71,14 @@ def rate(intervention: str, side: str, value: float, n: int = N) -> Result:
     low, high = wilson(value, n)
     return Result(
         intervention=intervention, prompts=side, metric="refusal_rate", value=value, low=low, high=high, n=n,
-        unit="fraction of prompts", kind="rate", values=tuple(float(i < value * n - 0.5) for i in range(n)),
+        unit="fraction of prompts", kind="rate",
     )  # fmt: skip
 
 
 def mean(intervention: str, side: str, metric: str, value: float, unit: str = "nats", spread: float = 0.1) -> Result:
     return Result(
         intervention=intervention, prompts=side, metric=metric, value=value, low=value - spread * abs(value),
-        high=value + spread * abs(value), n=N, unit=unit, kind="mean", values=(value,) * N,
+        high=value + spread * abs(value), n=N, unit=unit, kind="mean",
     )  # fmt: skip
 
 
