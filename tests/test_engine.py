@@ -233,11 +233,15 @@ def test_a_remote_dry_run_reads_the_same_bits() -> None:
 
     sums = both(lambda options: blocks.read_sums(engine.model, inputs, program, (-2, -1), options))
     logits = both(lambda options: blocks.last_logits(engine.model, inputs, plain, options, ((), None)))
+    every = both(lambda options: blocks.kept_logits(engine.model, inputs, plain, options))
     kept = both(lambda options: blocks.kept_logits(engine.model, inputs, plain, {"logits_to_keep": 3, **options}))
     assert torch.equal(*sums)
     assert torch.equal(*logits)
+    assert torch.equal(*every)
     assert torch.equal(*kept)
-    assert torch.equal(kept[0][:, -1], logits[0])
+    assert torch.equal(every[0][:, -1], logits[0])
+    # A product over fewer rows may round differently, which depends on the processor.
+    torch.testing.assert_close(kept[0], every[0][:, -3:], rtol=0, atol=1e-5)
 
 
 def test_memory_that_runs_out_halves_the_batch_and_is_remembered() -> None:

@@ -26,6 +26,7 @@ app = typer.Typer(
     cls=Commands,
     help="Find, measure and repair the refusal direction of language models, from a recipe.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
 )

@@ -74,7 +74,19 @@ def check(
 class Commands(TyperGroup):
     """Offer the commands of plugins behind our own. Plugins are loaded for the list and for names that are not ours."""
 
-    _loaded = False
+    _origins: dict[str, str] | None = None  # of the commands that are not ours, once they are loaded
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the first sentence of every command, whole; those of plugins stand under their plugin's name."""
+        names = self.list_commands(ctx)
+        origins = self._origins or {}
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for name in names:
+            text = (self.get_command(ctx, name).help or "").partition("\n\n")[0]
+            sections.setdefault(origins.get(name, "Commands"), []).append((name, text.replace("\n", " ")))
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return every name, ours first."""
@@ -90,9 +102,9 @@ class Commands(TyperGroup):
     def _load(self) -> None:
         """Take the commands of plugins over; raises `InputError` for one that has the name of ours."""
         # Where no plugin is installed, help need not wait for the registry.
-        if self._loaded or not importlib.metadata.entry_points(group=NAME):
+        if self._origins is not None or not importlib.metadata.entry_points(group=NAME):
             return
-        self._loaded = True
+        self._origins = {}
         from refusalkit.registry import load_registry
 
         registry = load_registry()
@@ -102,6 +114,7 @@ class Commands(TyperGroup):
                 raise InputError(
                     f"refusalkit has a command called {name!r} itself", where=str(owner), hint="uninstall that plugin"
                 )
-            app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-            app.command(name, rich_help_panel=f"From {owner}")(command.run)
+            app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+            app.command(name)(command.run)
+            self._origins[name] = f"From {owner}"
             self.commands[name] = typer.main.get_command(app)
