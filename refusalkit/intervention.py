@@ -8,9 +8,9 @@ An `Intervention` is a set of edits of the residual stream or one edit of the we
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,6 +18,8 @@ from refusalkit.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from refusalkit.metric import Side
 
 Site = Literal["resid_pre", "attn_out", "mlp_out", "resid_post"]
 #: The places of a block that can be read and edited, in forward order.
@@ -58,6 +60,16 @@ class Place:
     layer: int
     position: int
     """Negative, counted from the end of the prompt."""
+
+
+class States(Protocol):
+    """Read the prompts of a run in the unmodified model: `states(side, split, place)`, [prompt, d_model] float64.
+
+    Each side and split is read once, when it is asked for.
+    """
+
+    def __call__(self, side: Side, split: Literal["train", "validation"], place: Place) -> Tensor:
+        """Return [prompt, d_model] float64 at `place`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +125,8 @@ class Direction:
     """[layer, d_model]: the same of harmful training prompts."""
     found: Tensor | None = None
     """What was found, where `vector` is a random control that stands in for it; gates read along this."""
-    validation: Mapping[int, Tensor] = field(default_factory=dict)
-    """By layer, [prompt, d_model]: the states of harmless validation prompts at `site` and this position, in the layers
-    where an intervention is `calibrated_in`."""
+    states: States | None = None
+    """What interventions that learn from single prompts read them with; None where there is no model to ask."""
 
     @property
     def main(self) -> Tensor:
@@ -171,9 +182,10 @@ class InterventionSpec(BaseModel, ABC):
         """Whether a gate read in the prompt decides whether it applies."""
         return any(spec.gated for spec in self.nested)
 
-    def calibrated_in(self, layer: int) -> frozenset[int]:
-        """Return the layers whose harmless validation prompts it needs, for a direction found in `layer`."""
-        return frozenset[int]().union(*(spec.calibrated_in(layer) for spec in self.nested))
+    @property
+    def sides(self) -> frozenset[Side]:
+        """The prompts that it needs beside harmful and harmless ones."""
+        return frozenset(side for spec in self.nested for side in spec.sides)
 
     def check(self, n_layers: int) -> None:
         """Raise `InputError` for what a model of `n_layers` has no place for."""

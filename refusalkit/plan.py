@@ -228,6 +228,7 @@ def _check_sides(recipe: Recipe) -> None:
     """Refuse what works on over-refusal prompts where the recipe names none."""
     asking = [strategy.strategy for strategy in recipe.find.strategies if "over_refusal" in strategy.sides]
     asking += [recipe.select.selector] if "over_refusal" in recipe.select.sides else []
+    asking += [spec.label for spec in recipe.evaluate.interventions if "over_refusal" in spec.sides]
     if asking and recipe.prompts.over_refusal is None:
         raise InputError(
             f"{asking[0]} works on safe prompts that look harmful, and the recipe names none",

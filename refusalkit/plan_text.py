@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from refusalkit.artifacts import Split
 from refusalkit.batch import Batch
 from refusalkit.checkpoint import Checkpoint
+from refusalkit.intervention import InterventionSpec
 from refusalkit.limits import gradients
 from refusalkit.metric import TextMetric
 from refusalkit.plan import SPLITS, Plan
@@ -129,6 +131,7 @@ def _gradients(recipe: Recipe) -> list[tuple[str, str]]:
 
 def _options(section: Any) -> str:
     values = section.model_dump(mode="json")
+    values |= {key: value.label for key, value in section if isinstance(value, InterventionSpec)}
     return ", ".join(f"{key} {value}" for key, value in values.items() if key != "selector")
 
 
@@ -144,7 +147,8 @@ def _passes(plan: Plan) -> list[str]:
     validation = {side: len(splits["validation"]) for side, splits in sides.items()}
     # On harmless prompts two things are measured, on the others one.
     a_candidate = validation["harmless"] + sum(validation[side] for side in plan.recipe.select.sides)
-    selecting = f"at most {plan.n_candidates * a_candidate}, most far fewer"
+    tried = plan.n_candidates * math.prod(map(len, plan.recipe.select.tries.values()))
+    selecting = f"at most {tried * a_candidate}, most far fewer"
     acting = [spec for spec in plan.recipe.evaluate.interventions if spec.uses_direction]
     controls = sum(not spec.on_weights for spec in acting) * plan.recipe.evaluate.n_controls
     # What a gate does is compared with a pass of its own.

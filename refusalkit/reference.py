@@ -32,7 +32,7 @@ from refusalkit.cli import app
 from refusalkit.command import Command
 from refusalkit.interchange.content import Trait
 from refusalkit.interchange.formats import FORMATS
-from refusalkit.intervention import ActivationSpec, Direction, Edit, Gate, Intervention, InterventionSpec, Place
+from refusalkit.intervention import ActivationSpec, Direction, Edit, Gate, Intervention, InterventionSpec, Place, States
 from refusalkit.metric import SIDES, Evidence, Metric, TextMetric, Values
 from refusalkit.prompt_source import Passage, PromptSource
 from refusalkit.recipe import PromptFiles, recipe_type
@@ -277,7 +277,7 @@ _BASES: dict[str, tuple[tuple[type, ...], Callable[..., Any]]] = {
         testing.check_selector,
     ),
     "interventions": (
-        (InterventionSpec, ActivationSpec, Direction, Place, Intervention, Edit, Gate),
+        (InterventionSpec, ActivationSpec, Direction, Place, States, Intervention, Edit, Gate),
         testing.check_intervention,
     ),
     "metrics": ((Metric, TextMetric, Evidence, Values), testing.check_metric),

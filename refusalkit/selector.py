@@ -14,7 +14,7 @@ from refusalkit.metric import Side
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from refusalkit.intervention import Intervention, Site
+    from refusalkit.intervention import Intervention, Site, States
     from refusalkit.strategy import Captured
 
 Tokens = tuple[int, ...]
@@ -109,6 +109,8 @@ class SelectInputs:
     """The prompts that directions were found from."""
     captured: Mapping[Side, Captured] = field(default_factory=dict)
     """Their activations; every prompt's for a selector that needs `samples`."""
+    states: States | None = None
+    """Reads training and validation prompts at any candidate's place, for interventions that learn from them."""
     find: Callable[..., Tensor] | None = None
     """Finds directions again: `find(captured, **options)`, from other activations or with other options of the
     strategy; None where the strategy needs the model."""

@@ -96,3 +96,28 @@ def test_not_a_number_counts_as_not_measured(choice: Choice) -> None:
     nan = rate("ablate", "harmful", 0.5).model_copy(update={"value": math.nan, "low": math.nan, "high": math.nan})
     said = sentence(choice, Evaluation(results=(rate("none", "harmful", 0.9), nan), generated=(), separation=()))
     assert "did not measure" in said
+
+
+def test_a_repair_behind_a_gate_is_spoken_of_before_one_without(choice: Choice) -> None:
+    gated = "conditional{}(apply=affine, when=over_refusal, false_positives=0.01)"
+    rates = {
+        "none": (0.98, 0.6),
+        "affine": (0.5, 0.1),
+        gated.format(""): (0.97, 0.2),
+        gated.format("_random"): (1, 0.6),
+    }
+    rows = [
+        rate(name, side, value)
+        for name, both in rates.items()
+        for side, value in zip(("harmful", "over_refusal"), both, strict=True)
+    ]
+    everything = Evaluation(results=tuple(rows), generated=(), separation=())
+    said = sentence(choice, everything, repairs=True)
+    assert "repairs over-refusal in part: putting it at the harmless mean where a gate opens lowers" in said
+    assert "from 60% [48, 71] to 20% [12, 31]; refusal of held-out harmful requests stays from 98% [91, 100]" in said
+    ungated = Evaluation(
+        results=tuple(row for row in rows if "conditional" not in row.intervention), generated=(), separation=()
+    )
+    assert "lowers over-refusal, and true refusals with it" in sentence(choice, ungated, repairs=True)
+    # What the gate keeps from harmful prompts says nothing of what removing it does to them.
+    assert "from 98% [91, 100] to 50%" in sentence(choice, everything)

@@ -25,7 +25,7 @@ from refusalkit.engine.batch import batch
 from refusalkit.engine.engine import Engine
 from refusalkit.engine.lower import lower, place
 from refusalkit.errors import InputError, RunError
-from refusalkit.intervention import Direction, Edit, Gate, Intervention, InterventionSpec
+from refusalkit.intervention import Direction, Edit, Gate, Intervention, InterventionSpec, Place
 from refusalkit.pipeline import execute
 from refusalkit.plan import make_plan
 from refusalkit.recipe_file import load_recipe
@@ -328,13 +328,53 @@ def test_the_gate_stands_where_the_threshold_says_and_faces_the_side_it_is_for(e
 @pytest.mark.parametrize(("share", "most"), [(0.01, 0), (0.1, 4), (0.5, 20)])
 def test_a_gate_opens_for_no_more_harmless_prompts_than_it_may(engine: Engine, share: float, most: int) -> None:
     states = torch.randn((40, engine.d_model), generator=torch.Generator().manual_seed(3))
-    direction = replace(_direction(engine), validation={2: states})
+    asked: list[tuple[str, str, Place]] = []
+
+    def read(side: str, split: str, place: Place) -> torch.Tensor:
+        asked.append((side, split, place))
+        return states.double()
+
+    direction = replace(_direction(engine), states=read)
     gate = Conditional(apply=Steer(layers=(3, 3)), false_positives=share).build(direction).gate
     assert gate is not None
+    assert asked == [("harmless", "validation", direction.place)]
     readings = states.double() @ gate.vector
     assert (readings >= gate.threshold).sum() == most
     # It turns away no more than it has to.
     assert readings.sort(descending=True).values[most] == pytest.approx(gate.threshold, abs=1e-2)
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_a_gate_for_over_refused_prompts_tells_them_from_harmful_ones(layer: int | None, engine: Engine) -> None:
+    generator = torch.Generator().manual_seed(4)
+    # One coordinate tells the sides apart; along the next one, where they differ too, prompts vary too much to tell.
+    means = {"over_refusal": torch.zeros(engine.d_model), "harmful": torch.zeros(engine.d_model)}
+    means["over_refusal"][:2] = torch.tensor([1.0, 3.0])
+    spread = torch.ones(engine.d_model)
+    spread[:2] = torch.tensor([0.2, 30.0])
+
+    direction = _direction(engine)
+    where = replace(direction.place, layer=direction.layer if layer is None else layer)
+
+    def read(side: str, split: str, place: Place) -> torch.Tensor:
+        assert place == where
+        return (means[side] + spread * torch.randn((200, engine.d_model), generator=generator)).double()
+
+    direction = replace(direction, states=read)
+    options: dict[str, Any] = {"apply": Steer(layers=(3, 3)), "when": "over_refusal", "layer": layer}
+    gate = Conditional(**options, false_positives=0.02).build(direction).gate
+    assert gate is not None
+    # Not along the direction, and not along the difference in means.
+    assert gate.vector[0] > 0.95
+    opened = {
+        side: float((read(side, "test", where) @ gate.vector >= gate.threshold).double().mean()) for side in means
+    }
+    assert opened["harmful"] < 0.06
+    assert opened["over_refusal"] > 0.9
+    middle = Conditional(**options).build(direction).gate
+    assert middle is not None
+    assert middle.threshold == pytest.approx(0.5, abs=0.3)
+    assert Conditional(**options).sides == {"over_refusal"}
 
 
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"when": "harmless"}])

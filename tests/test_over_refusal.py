@@ -100,7 +100,10 @@ def test_a_prompt_on_two_sides_is_a_leak(plan_of: PlanOf, tmp_path: Path) -> Non
         plan_of("prompts.over_refusal=file:over.txt", "prompts.train=33", "prompts.validation=4", "prompts.test=4")
 
 
-@pytest.mark.parametrize("setting", ["find=false_refusal", "select=repair"])
+GATED = "{intervention: conditional, when: over_refusal, apply: affine, false_positives: 0.05}"
+
+
+@pytest.mark.parametrize("setting", ["find=false_refusal", "select=repair", f"evaluate.interventions=[{GATED}]"])
 def test_what_works_on_them_asks_for_them(setting: str, plan_of: PlanOf) -> None:
     with pytest.raises(InputError, match="the recipe names none") as caught:
         plan_of(setting)
@@ -135,8 +138,8 @@ def test_a_share_is_tried_or_given(setting: str, message: str, plan_of: PlanOf) 
         plan_of(*settings, setting)
 
 
-@pytest.mark.parametrize("apply", ["orthogonalize", "conditional", "none"])
-def test_a_repair_is_tried_on_activations_without_a_gate(apply: str, plan_of: PlanOf) -> None:
+@pytest.mark.parametrize("apply", ["orthogonalize", "none"])
+def test_a_repair_is_tried_on_activations(apply: str, plan_of: PlanOf) -> None:
     with pytest.raises(InputError, match="cannot be tried"):
         plan_of(OVER, "select=repair", f"select.apply={apply}")
 
@@ -178,13 +181,19 @@ def _tested(folder: Path, intervention: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def test_the_recipe_repairs_over_refusal_and_keeps_true_refusals(registry: Registry, tmp_path: Path) -> None:
-    recipe = load_recipe(RECIPE, registry, ["evaluate.max_new_tokens=12"])
+@pytest.mark.parametrize(
+    "model", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "qwen", "yi"))]
+)
+def test_the_recipe_repairs_over_refusal_and_keeps_true_refusals(
+    model: str, registry: Registry, tmp_path: Path
+) -> None:
+    recipe = load_recipe(RECIPE, registry, ["evaluate.max_new_tokens=12", f"model.id=tiny:{model}"])
     execute(make_plan(recipe, RECIPE.parent, registry), tmp_path / "run")
-    before, after = (_rates(tmp_path / "run", label) for label in ("none", "affine"))
+    gated = recipe.evaluate.interventions[-1].label
+    before, after = (_rates(tmp_path / "run", label) for label in ("none", gated))
     assert before["over_refusal"]["value"] > 0.4
-    found = _tested(tmp_path / "run", "affine")
-    for against in ("none", "affine_random"):
+    found = _tested(tmp_path / "run", gated)
+    for against in ("none", gated.replace("conditional", "conditional_random", 1)):
         assert found[against]["difference"] < -0.1
         assert found[against]["p_corrected"] < 0.05
     assert after["harmful"]["value"] >= before["harmful"]["low"]

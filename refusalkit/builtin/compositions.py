@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from refusalkit.builtin.estimators import Lda
 from refusalkit.builtin.interventions import Steer
 from refusalkit.errors import InputError, RunError
 from refusalkit.intervention import (
@@ -19,16 +20,22 @@ from refusalkit.intervention import (
     Intervention,
     InterventionSpec,
     Ordinal,
+    Place,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from refusalkit.metric import Side
+
+
+_FOLDS = 5
+
 
 class Conditional(InterventionSpec):
     """Apply another intervention only to prompts that a gate lets through (conditional steering, CAST, 2409.05907).
 
-    The gate reads the component along the direction once, in the prompt, at the position the direction was found at;
+    The gate reads one component of the hidden state once, in the prompt, at the position the direction was found at;
     what it decides holds for the whole completion. Every prompt of a batch is decided by itself, and those that are
     turned away run bit for bit as in the unmodified model.
     """
@@ -36,13 +43,16 @@ class Conditional(InterventionSpec):
     intervention: Literal["conditional"] = "conditional"
     apply: InterventionSpec = Steer()
     """What to do where the gate opens: another intervention on activations."""
-    when: Literal["harmful", "harmless"] = "harmful"
-    """The prompts that it opens for: those on this side of the threshold."""
+    when: Literal["harmful", "harmless", "over_refusal"] = "harmful"
+    """The prompts that it opens for. Harmful and harmless ones are told apart along the direction; over-refusal ones
+    from harmful ones along what linear discriminant analysis of the training prompts finds where the gate is read."""
     threshold: float = 0.5
-    """Where the gate stands along the direction: 0 is the mean of harmless training prompts, 1 that of harmful ones."""
+    """Where the gate stands: 0 is the mean of harmless training prompts, 1 that of harmful ones; for `over_refusal`, 0
+    that of harmful ones and 1 that of over-refusal ones."""
     false_positives: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """In place of `threshold`: the share of harmless validation prompts that the gate may open for. It stands above the
-    readings of all others."""
+    """In place of `threshold`: the share of prompts that the gate may open for by mistake, of harmless validation
+    prompts; for `over_refusal`, of harmful training prompts, each read by a probe trained on four fifths of them
+    without it. It stands above the readings of all others."""
     layer: Ordinal | None = None
     """The layer in which the gate is read; null is the one the direction was found in."""
 
@@ -75,9 +85,9 @@ class Conditional(InterventionSpec):
     def gated(self) -> bool:
         return True
 
-    def calibrated_in(self, layer: int) -> frozenset[int]:
-        own = () if self.false_positives is None else (layer if self.layer is None else self.layer,)
-        return super().calibrated_in(layer).union(own)
+    @property
+    def sides(self) -> frozenset[Side]:
+        return super().sides | ({"over_refusal"} if self.when == "over_refusal" else set())
 
     def check(self, n_layers: int) -> None:
         super().check(n_layers)
@@ -100,33 +110,75 @@ class Conditional(InterventionSpec):
         return Intervention(tuple(replace(edit, gated=True) for edit in made.edits), gate=gate)
 
     def _gate(self, direction: Direction) -> Gate:
-        import torch
-
-        assert direction.harmful is not None
-        assert direction.harmless is not None
-        layer = direction.layer if self.layer is None else self.layer
-        harmful, harmless = direction.harmful[layer].double(), direction.harmless[layer].double()
-        along = _along(direction, harmful - harmless)
-        if not along.any():
+        place = replace(direction.place, layer=direction.layer if self.layer is None else self.layer)
+        axis, mistaken = self._told_apart(direction, place)
+        if not axis.along.any():
+            sides = "over-refusal and harmful" if self.when == "over_refusal" else "harmful and harmless"
+            where = f"position {place.position}, layer {place.layer}"
             raise RunError(
-                f"harmful and harmless training prompts do not differ at position {direction.position}, layer {layer}, "
-                "so there is nothing to read",
+                f"{sides} training prompts do not differ at {where}, so there is nothing to read",
                 where=_where(self),
                 hint="read the gate in a later `layer`: layer 0 sees the template's token alone",
             )
-        if self.false_positives is None:
-            threshold = torch.lerp(harmless @ along, harmful @ along, self.threshold).item()
-        else:
-            threshold = self._calibrated(direction.validation[layer].double() @ along, (harmful - harmless) @ along)
-        sign = 1.0 if self.when == "harmful" else -1.0
-        return Gate(direction.site, layer, direction.position, sign * along, sign * threshold)
+        at = self.threshold
+        if self.false_positives is not None:
+            readings = mistaken().sort(descending=True).values
+            # A hair above, so that rounding does not open the gate for the first one that it must turn away.
+            at = readings[int(self.false_positives * len(readings))].item() + 1e-4
+        threshold = axis.low + at * (axis.high - axis.low)
+        sign = -1.0 if self.when == "harmless" else 1.0
+        return Gate(place.site, place.layer, place.position, sign * axis.along, sign * threshold)
 
-    def _calibrated(self, readings: Tensor, span: Tensor) -> float:
-        """Return a threshold that the gate opens at for the allowed share of harmless `readings` [prompt]."""
-        assert self.false_positives is not None
-        allowed = int(self.false_positives * len(readings))
-        # A hair above, so that rounding does not open the gate for the first one that it must turn away.
-        return float(readings.sort(descending=True).values[allowed] + 1e-4 * span.abs())
+    def _told_apart(self, direction: Direction, place: Place) -> tuple[_Axis, Callable[[], Tensor]]:
+        """Return what the gate reads, and what reads the prompts that it must not open for: [prompt]."""
+        if self.when == "over_refusal":
+            assert direction.states is not None
+            toward, away = (direction.states(side, "train", place) for side in ("over_refusal", "harmful"))
+            return _probe(toward, away), lambda: _held_out(toward, away)
+        assert direction.harmful is not None
+        assert direction.harmless is not None
+        harmful, harmless = (side[place.layer].double() for side in (direction.harmful, direction.harmless))
+        along = _along(direction, harmful - harmless)
+        axis = _Axis(along, float(harmless @ along), float(harmful @ along))
+
+        def validation() -> Tensor:
+            assert direction.states is not None
+            return axis.read(direction.states("harmless", "validation", place))
+
+        return axis, validation
+
+
+@dataclass(frozen=True, eq=False)
+class _Axis:
+    """Hold what a gate reads along, and where two sides' training prompts lie there on average."""
+
+    along: Tensor
+    """A unit vector [d_model] float64, or zero where the sides do not differ."""
+    low: float
+    high: float
+
+    def read(self, states: Tensor) -> Tensor:
+        """Return where states [prompt, d_model] lie, 0 at `low` and 1 at `high`: [prompt]."""
+        return (states @ self.along - self.low) / (self.high - self.low)
+
+
+def _probe(toward: Tensor, away: Tensor) -> _Axis:
+    """Tell samples [prompt, d_model] of two sides apart by linear discriminant analysis."""
+    from refusalkit import algebra
+
+    along = algebra.unit(Lda().fit(toward, away))
+    return _Axis(along, float(away.mean(0) @ along), float(toward.mean(0) @ along))
+
+
+def _held_out(toward: Tensor, away: Tensor) -> Tensor:
+    """Read each prompt of `away` with a probe that was made without it and others, a fifth of them."""
+    import torch
+
+    fold = torch.arange(len(away)) % _FOLDS
+    readings = away.new_empty(len(away))
+    for out in range(_FOLDS):
+        readings[fold == out] = _probe(toward, away[fold != out]).read(away[fold == out])
+    return readings
 
 
 def _along(direction: Direction, difference: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ class Repair(Selector):
     @field_validator("apply")
     @classmethod
     def _can_be_tried(cls, spec: InterventionSpec) -> InterventionSpec:
-        if spec.on_weights or spec.gated or not spec.uses_direction:
-            raise ValueError(f"{spec.label} cannot be tried: take one on activations, without a gate")
+        if spec.on_weights or not spec.uses_direction:
+            raise ValueError(f"{spec.label} cannot be tried: take one on activations")
         return spec
 
     @property
@@ -151,6 +151,7 @@ class Repair(Selector):
                 inputs.site,
                 harmless,
                 harmful,
+                states=inputs.states,
             )
         )
 

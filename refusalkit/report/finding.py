@@ -29,6 +29,8 @@ _REQUESTS: dict[Side, str] = {
     "over_refusal": "safe requests that look harmful",
 }
 _SCALE = re.compile(r"\bscale=(-?\d+(?:\.\d+)?)")
+#: What a gate for over-refused prompts applies.
+_REPAIR = re.compile(r"conditional\(apply=(.+), when=over_refusal\b")
 
 
 @dataclass(frozen=True)
@@ -185,10 +187,17 @@ def _verdict(effects: list[Effect]) -> str:
 
 
 def _removing(evaluation: Evaluation, side: Side = "harmful") -> Effect | None:
-    """Take the strongest form of removal that was measured: ablation, the weights, the harmless mean, subtraction."""
+    """Take the strongest form of removal that was measured: ablation, the weights, the harmless mean, subtraction.
+
+    Of over-refused prompts, where a gate keeps it to these, that one.
+    """
     names = [label for label in interventions(evaluation) if not is_control(label)]
+    applied = {label: match[1] for label in names if (match := _REPAIR.match(label))}
+    where = " where a gate opens" if applied and side == "over_refusal" else ""
+    if not where:
+        applied = {label: label for label in names if label not in applied}
     # The plain form says more than one that is kept to some layers or tokens.
-    names.sort(key=lambda label: label != _kind(label))
+    names = sorted(applied, key=lambda label: applied[label] != _kind(applied[label]))
     kinds = {
         "ablate": "removing it",
         "orthogonalize": "removing it from the weights",
@@ -199,15 +208,15 @@ def _removing(evaluation: Evaluation, side: Side = "harmful") -> Effect | None:
         for label in names:
             # With another alpha the affine edit adds.
             if (
-                _kind(label) == kind
+                _kind(applied[label]) == kind
                 and "alpha=" not in label
-                and (effect := _effect(evaluation, label, side, verb, -1))
+                and (effect := _effect(evaluation, label, side, verb + where, -1))
             ):
                 return effect
     for label in names:
-        if _kind(label) != "steer" or _scale(label) > 0:
+        if _kind(applied[label]) != "steer" or _scale(label) > 0:
             continue
-        if effect := _effect(evaluation, label, side, _times("subtracting it", -_scale(label)), -1):
+        if effect := _effect(evaluation, label, side, _times("subtracting it", -_scale(label)) + where, -1):
             return effect
     return None
 

@@ -11,7 +11,7 @@ from refusalkit.analysis import Capability
 from refusalkit.artifacts import CapabilityFound, TaskScore
 from refusalkit.intervals import Interval, bootstrap, wilson
 from refusalkit.intervention import NOTHING
-from refusalkit.stages.cases import Case, all_cases, calibrated, chosen_direction
+from refusalkit.stages.cases import Case, all_cases, chosen_direction
 from refusalkit.stages.findings import Findings
 
 _Z = 1.96
@@ -24,8 +24,7 @@ def study_capability(analysis: Capability, findings: Findings) -> CapabilityFoun
     import lm_eval
 
     alone = findings.section.model_copy(update={"controls": 0})
-    direction = chosen_direction(findings.activations, findings.choice)
-    direction = calibrated(alone, direction, findings.splits, findings.bench)
+    direction = chosen_direction(findings.activations, findings.choice, findings.splits, findings.bench)
     scores: list[TaskScore] = []
     for case in all_cases(alone, direction, None):
         scores += _scores(case.label, _asked(case, analysis, findings), findings.section.seed)

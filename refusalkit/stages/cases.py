@@ -10,10 +10,10 @@ from torch import Tensor
 
 from refusalkit import algebra
 from refusalkit.artifacts import Activations, Choice, PromptSplits
-from refusalkit.engine.request import Capture
 from refusalkit.intervention import NOTHING, Direction, Intervention, InterventionSpec
 from refusalkit.recipe import EvaluateSection
 from refusalkit.stages.bench import Bench
+from refusalkit.stages.states import states_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +26,8 @@ class Case:
     """Whether it is meant to change anything."""
 
 
-def chosen_direction(activations: Activations, choice: Choice) -> Direction:
-    """Return the direction of a run, with the means at its position."""
+def chosen_direction(activations: Activations, choice: Choice, splits: PromptSplits, bench: Bench) -> Direction:
+    """Return the direction of a run, with the means at its position and what reads prompts there."""
     row = activations.positions.index(choice.position)
     return Direction(
         choice.direction.float(),
@@ -37,18 +37,8 @@ def chosen_direction(activations: Activations, choice: Choice) -> Direction:
         activations.site,
         activations.harmless_mean[row].float(),
         activations.harmful_mean[row].float(),
+        states=states_of(splits, bench, activations.site, (choice.position,)),
     )
-
-
-def calibrated(section: EvaluateSection, direction: Direction, splits: PromptSplits, bench: Bench) -> Direction:
-    """Read harmless validation prompts along with `direction` where interventions set their thresholds by them."""
-    layers = sorted({layer for spec in section.interventions for layer in spec.calibrated_in(direction.layer)})
-    if not layers:
-        return direction
-    tokens = bench.tokens(splits.of("harmless", "validation"))
-    request = Capture(tokens, (direction.position,), direction.site, keep_samples=True, layers=tuple(layers))
-    (found,) = bench.engine.run([request], bench.advance("validation prompts"))
-    return replace(direction, validation=dict(zip(layers, found.samples[:, 0].unbind(1), strict=True)))
 
 
 def all_cases(section: EvaluateSection, direction: Direction, shuffled: Tensor | None) -> list[Case]:

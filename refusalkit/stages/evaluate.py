@@ -41,7 +41,7 @@ from refusalkit.stages.asking import (
     sums_of,
 )
 from refusalkit.stages.bench import Bench
-from refusalkit.stages.cases import Case, all_cases, calibrated, chosen_direction
+from refusalkit.stages.cases import Case, all_cases, chosen_direction
 
 
 def complete(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> Unmodified:
@@ -75,7 +75,7 @@ def evaluate(
     """
     activations, choice = found
     row = activations.positions.index(choice.position)
-    direction = calibrated(section, chosen_direction(activations, choice), splits, bench)
+    direction = chosen_direction(activations, choice, splits, bench)
     shuffled = None if activations.shuffled is None else activations.shuffled[row, choice.layer].float()
     cases = all_cases(section, direction, shuffled)
     written = unmodified.completions
