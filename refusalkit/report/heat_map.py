@@ -107,7 +107,8 @@ def cells(choice: Choice, candidates: Candidates, labels: Mapping[int, str]) -> 
         place = places[row.position], row.layer
         further = dict(row.extra)
         if candidates.cosines is not None and compared(candidates):
-            further[COSINE.name] = candidates.cosines[place].item()
+            # What is orthogonal but for rounding is drawn as orthogonal.
+            further[COSINE.name] = round(candidates.cosines[place].item(), 6)
         found.append(_cell(row, labels, norms[place].item(), further))
     return found
 

@@ -27,6 +27,8 @@ def chart(
     measured = [row for row in results if row.metric == metric]
     order = in_order([row.intervention for row in measured])
     shown, every = ([side_name(side) for side in listed] for listed in (sides(measured, metric), SIDES))
+    # Three side by side are wider than the plot beside long labels.
+    key: dict[str, Any] = {"orient": "top", "values": shown, "columns": 2}
     rate = measured[0].kind == "rate"
     base = alt.Chart(alt.InlineData([_row(row) for row in measured if math.isfinite(row.value)])).encode(
         y=alt.Y("intervention:N")
@@ -35,7 +37,7 @@ def chart(
         .scale(domain=list(order), paddingInner=0.25)
         .axis(**_row_axis(order)),
         yOffset=alt.YOffset("side:N").sort(every).scale(domain=shown),
-        color=alt.Color("side:N").scale(domain=every, range="category").title(None).legend(orient="top", values=shown),
+        color=alt.Color("side:N").scale(domain=every, range="category").title(None).legend(**key),
         opacity=alt.condition("datum.control", alt.value(QUIET), alt.value(1)),
         tooltip=[
             alt.Tooltip("intervention:N", title=rows),
@@ -52,10 +54,7 @@ def chart(
     interval = base.mark_rule(strokeWidth=2, strokeCap="round").encode(x=alt.X("low:Q").title(unit), x2="high:Q")
     dot = base.mark_point(filled=True, size=80).encode(
         x=across,
-        shape=alt.Shape("side:N")
-        .scale(domain=every, range=list(SHAPES.values()))
-        .title(None)
-        .legend(orient="top", values=shown),
+        shape=alt.Shape("side:N").scale(domain=every, range=list(SHAPES.values())).title(None).legend(**key),
     )
     row = max(34, len(shown) * STEP + 10, max(len(lines(label)) for label in order) * LINE + 8)
     return alt.layer(interval, dot).properties(width="container", height=row * len(order))
