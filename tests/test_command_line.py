@@ -27,8 +27,8 @@ def test_help_starts_in_half_a_second() -> None:
         subprocess.run([sys.executable, "-m", "refusalkit", "--help"], check=True, capture_output=True)
         return time.perf_counter() - since
 
-    # The fastest of several: what else runs on this machine, such as the other tests, only ever adds.
-    assert any(seconds() < 0.5 for _ in range(20))
+    # The fastest of several: what else runs on this machine only ever adds.
+    assert min(seconds() for _ in range(5)) < 0.5
 
 
 @pytest.mark.parametrize("line", [["--help"], ["run", "--help"], ["schema"], ["plugins"], ["validate", "small.yaml"]])

@@ -78,13 +78,15 @@ class Repair(Selector):
         openers = Measure("refusal_score", token_ids=inputs.opener_ids)
         before = subject.measure(inputs.harmful, [NOTHING], openers)[0]
         harmless = subject.measure(inputs.harmless, [NOTHING], openers)[0].mean().item()
+        # Once for all that is measured: a gate learns from the training prompts each time it is made.
+        made = {trial: self._made(trial, inputs) for trial in trials if trial not in fell}
 
         def measured(prompts: Sequence[Tokens], measure: Measure, what: str) -> dict[_Trial, Tensor]:
             rest = [trial for trial in trials if trial not in fell]
             told = inputs.advance
             advance = None if told is None else lambda done, total: told(what, done, total)
-            made = [self._made(trial, inputs) for trial in rest]
-            return dict(zip(rest, subject.measure(prompts, made, measure, advance), strict=True)) if rest else {}
+            tried = [made[trial] for trial in rest]
+            return dict(zip(rest, subject.measure(prompts, tried, measure, advance), strict=True)) if rest else {}
 
         kl = measured(inputs.harmless, Measure("kl_nats", stop_above=self.max_kl_nats), "KL when repaired")
         fell |= {
