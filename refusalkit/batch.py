@@ -9,7 +9,7 @@ from pathlib import Path
 from refusalkit.errors import InputError
 from refusalkit.pipeline import check_folder
 from refusalkit.plan import Plan, make_plan
-from refusalkit.recipe_file import Member, load_members
+from refusalkit.recipe_file import Member
 from refusalkit.registry import Registry
 from refusalkit.sweep_folder import check_sweep_folder
 
@@ -38,12 +38,11 @@ class Batch:
         return self.runs[0].member.run is not None
 
 
-def plan_batch(path: Path, settings: Sequence[str], out: Path | None, registry: Registry) -> Batch:
+def plan_batch(path: Path, members: Sequence[Member], out: Path | None, registry: Registry) -> Batch:
     """Plan every run that the recipe at `path` asks for, in `out` or by default in `runs/NAME`.
 
-    Raises `InputError` for a recipe or a folder that cannot be used.
+    Raises `InputError` for a model, prompts or a folder that cannot be used.
     """
-    members = load_members(path, registry, settings)
     first = members[0]
     folder = out if out is not None else Path("runs") / first.recipe.name.removesuffix(f"/{first.run}")
     runs = []

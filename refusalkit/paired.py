@@ -71,9 +71,9 @@ def _difference(values: Tensor, weights: Tensor) -> Tensor:
 
 def _mcnemar(first: int, second: int) -> float:
     """Return the p-value of as many prompts that changed one way and the other, when both ways are equally likely."""
-    from scipy.stats import binomtest
+    from scipy.special import bdtr
 
-    return float(binomtest(first, first + second).pvalue) if first + second else 1.0
+    return min(1.0, 2 * float(bdtr(min(first, second), first + second, 0.5)))
 
 
 def _permutation(values: Tensor, weights: Tensor, generator: Generator) -> float:
@@ -99,16 +99,12 @@ def detectable(n: int) -> tuple[float, float]:
 
     Both where every prompt that changes does so the same way, the best case. Six must: two-sided, 2 * 0.5**6 < 0.05.
     """
-    from scipy.optimize import brentq
-    from scipy.stats import binom
+    from scipy.special import betaincinv
 
     if n < _FEWEST_CHANGES:
         return math.nan, math.nan
-
-    def missed(share: float) -> float:
-        return float(binom.cdf(_FEWEST_CHANGES - 1, n, share)) - (1 - _POWER)
-
-    return _FEWEST_CHANGES / n, float(brentq(missed, 0.0, 1.0))
+    # The share of prompts that change at which a binomial count reaches the fewest with that power.
+    return _FEWEST_CHANGES / n, float(betaincinv(_FEWEST_CHANGES, n - _FEWEST_CHANGES + 1, _POWER))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

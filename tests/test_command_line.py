@@ -21,6 +21,16 @@ from tests.conftest import SMALL, Command, one_hint
 HEAVY = ("torch", "transformers", "nnsight", "numpy", "altair")
 
 
+def test_a_typo_is_named_before_anything_slow_is_imported(recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text(encoding="utf-8").replace("train", "trian"), encoding="utf-8")
+    program = "import sys, atexit; atexit.register(lambda: print({'torch', 'transformers'} & {*sys.modules}))\n"
+    program += "from refusalkit.cli import main; main()"
+    line = [sys.executable, "-c", program, "run", str(recipe_file)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert "did you mean 'train'?" in done.stderr
+    assert done.stdout == "set()\n"
+
+
 def test_help_starts_in_half_a_second() -> None:
     def seconds() -> float:
         since = time.perf_counter()

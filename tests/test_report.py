@@ -34,6 +34,7 @@ from refusalkit.artifacts import (
 from refusalkit.errors import InputError
 from refusalkit.pipeline import write_report
 from refusalkit.report import chart_names, chart_svg, render_html
+from refusalkit.report import page as page_module
 from refusalkit.report.charts import figures, svg
 from refusalkit.report.data import render_csv
 from refusalkit.report.finding import left_out, sentence
@@ -334,6 +335,24 @@ def test_the_page_says_where_its_numbers_come_from(page: str) -> None:
                  "3 duplicates", "KL above 0.1 nats", "equivalent to ablating", "carry 97% of",
                  "up to 0.34 standard deviations from the edit that does not keep them"):  # fmt: skip
         assert part in page, part
+
+
+def test_every_figure_is_as_the_schema_of_vega_lite_wants_it(run: Run) -> None:
+    for figure in figures(run):
+        figure.chart.to_dict(validate=True)
+
+
+@pytest.mark.parametrize("home", ["new", "a file stands there"])
+def test_what_draws_the_charts_is_put_together_once(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platformdirs.user_cache_path", (tmp_path / "cache").joinpath)
+    if home != "new":
+        (tmp_path / "cache").write_text("")
+    first = page_module._vega.__wrapped__()
+    assert "vegaEmbed" in first
+    assert "</script" not in first
+    if home == "new":
+        monkeypatch.delattr("vl_convert.javascript_bundle")
+    assert page_module._vega.__wrapped__() == first
 
 
 def test_every_figure_can_be_saved_as_svg(run: Run) -> None:

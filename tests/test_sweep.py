@@ -141,7 +141,12 @@ def plan_sweep(recipe_file: Path, registry: Registry) -> Callable[..., Batch]:
     recipe_file.write_text(SWEEP, encoding="utf-8")
 
     def plan(*settings: str) -> Batch:
-        return plan_batch(recipe_file, (*LOOSE, *settings), recipe_file.with_name("sweep"), registry)
+        return plan_batch(
+            recipe_file,
+            load_members(recipe_file, registry, (*LOOSE, *settings)),
+            recipe_file.with_name("sweep"),
+            registry,
+        )
 
     return plan
 
@@ -204,7 +209,8 @@ def test_a_run_of_a_sweep_alone_finds_its_stages_finished(plan_sweep: Callable[.
     batch = plan_sweep()
     run_sweep(batch)
     for run in batch.runs:
-        alone = plan_batch(run.out / "recipe.yaml", (), run.out, registry).runs[0]
+        written = run.out / "recipe.yaml"
+        alone = plan_batch(written, load_members(written, registry), run.out, registry).runs[0]
         assert alone.plan.recipe.find.needs == ("means" if run is batch.runs[0] else "samples")
         noted = Noted()
         execute(alone.plan, run.out, noted, "evaluate")
@@ -274,7 +280,7 @@ def test_a_folder_of_something_else_is_refused_before_anything_runs(
     (batch.folder / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds no sweep"):
         check_folders([batch])
-    nested = plan_batch(recipe_file, ["sweep={}"], batch.folder / "pca", registry)
+    nested = plan_batch(recipe_file, load_members(recipe_file, registry, ["sweep={}"]), batch.folder / "pca", registry)
     with pytest.raises(InputError, match="its results would go to") as caught:
         check_folders([nested, batch])
     assert str(caught.value.where) == str(recipe_file)
@@ -284,7 +290,7 @@ def test_a_folder_of_something_else_is_refused_before_anything_runs(
 
 
 def test_comparing_six_methods_takes_less_than_twice_the_passes_of_one(tmp_path: Path, registry: Registry) -> None:
-    batch = plan_batch(COMPARE, (), tmp_path / "compare", registry)
+    batch = plan_batch(COMPARE, load_members(COMPARE, registry), tmp_path / "compare", registry)
     assert len(batch.runs) >= 6
     run_sweep(batch)
     counted = [sum(passes(run.out).values()) for run in batch.runs]

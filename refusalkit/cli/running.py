@@ -54,19 +54,28 @@ def plan(
 
 def _plan_all(recipes: list[Path], settings: list[str] | None, out: Path | None) -> list[Batch]:
     """Plan every run that the recipes ask for, and say of each recipe what is wrong with it."""
-    from refusalkit.batch import check_folders, plan_batch
-    from refusalkit.checkpoint import quiet
+    from refusalkit.recipe_file import load_members
     from refusalkit.registry import load_registry
 
     if out is not None and len(recipes) > 1:
         raise InputError(
             "several recipes need several folders", where="--out", hint="leave it out: they go to runs/NAME"
         )
-    quiet()
-    registry, batches, errors = load_registry(), [], []
+    registry, read, batches, errors = load_registry(), [], [], []
     for path in recipes:
         try:
-            batches.append(plan_batch(path, settings or (), out, registry))
+            read.append((path, load_members(path, registry, settings or ())))
+        except InputError as error:
+            errors.append(error)
+    if read:
+        # Takes seconds to import, which nobody with a typo in a recipe has to wait for.
+        from refusalkit.batch import check_folders, plan_batch
+        from refusalkit.checkpoint import quiet
+
+        quiet()
+    for path, members in read:
+        try:
+            batches.append(plan_batch(path, members, out, registry))
         except InputError as error:
             errors.append(error)
     for found in errors[:-1]:

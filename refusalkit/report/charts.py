@@ -48,10 +48,8 @@ def svg(figure: Figure, mode: Mode = "light") -> str:
     """Draw a figure as SVG."""
     import vl_convert
 
-    document = figure.specification()
-    document["width"] = figure.saved_width
     # Labels may come out wider where the picture is opened than with the fonts it is measured with here.
-    document["padding"] = 14
+    document = {**figure.specification, "width": figure.saved_width, "padding": 14}
     return str(vl_convert.vegalite_to_svg(document, config=config(mode)))
 
 

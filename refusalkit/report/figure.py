@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import altair as alt
@@ -25,10 +27,12 @@ class Figure:
     saved_width: int = 640
     """Width of the plot in a saved picture."""
 
-    def specification(self) -> dict[str, Any]:
-        """Return the Vega-Lite specification, without the theme."""
+    @cached_property
+    def specification(self) -> Mapping[str, Any]:
+        """The Vega-Lite specification, without the theme."""
         chart = self.chart.properties(description=self.description)
-        document: dict[str, Any] = chart.to_dict()
+        # Tests hold every figure to the schema; here that takes longer than to draw it.
+        document: dict[str, Any] = chart.to_dict(validate=False)
         # Altair adds its own default theme, and the schema's address is of no use to a page without a network.
         document.pop("config", None)
         document.pop("$schema", None)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import re
+from contextlib import suppress
 from functools import cache
 from importlib import resources
+from importlib.metadata import version
 from typing import Any
 
 import yaml
@@ -13,6 +15,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from refusalkit.agreement import agreements
+from refusalkit.errors import RunError
 from refusalkit.report import tables
 from refusalkit.report.analyses import parts
 from refusalkit.report.chance import chance
@@ -26,6 +29,7 @@ from refusalkit.report.provenance import provenance
 from refusalkit.report.theme import config
 from refusalkit.report.wording import count, number, token
 from refusalkit.run_directory import Run
+from refusalkit.store import write_text
 
 # An interval stays on one line with the number it belongs to.
 _INTERVAL = re.compile(r" \[([^],]+), ([^]]+)\]")
@@ -76,11 +80,23 @@ def _packaged(name: str, package: str = "refusalkit.report") -> str:
 
 @cache
 def _vega() -> str:
-    """Return the JavaScript that draws the charts, safe inside a script element."""
+    """Return the JavaScript that draws the charts, safe inside a script element.
+
+    To put it together takes seconds, so it is kept for the next process where this user's caches are.
+    """
+    import platformdirs
     import vl_convert
 
+    kept = platformdirs.user_cache_path("refusalkit") / f"vega-{version('vl-convert-python')}.js"
+    with suppress(OSError):
+        return kept.read_text(encoding="utf-8")
     # Without a snippet it puts `vegaEmbed` on the window; the stub does not say that it may be left out.
-    return str(vl_convert.javascript_bundle()).replace("</script", "<\\/script")  # type: ignore[call-arg]
+    made = str(vl_convert.javascript_bundle()).replace("</script", "<\\/script")  # type: ignore[call-arg]
+    # A home that cannot be written to costs the time alone.
+    with suppress(OSError, RunError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept, made)
+    return made
 
 
 def _found(run: Run) -> dict[str, Any]:
@@ -131,7 +147,7 @@ def placed(figure: Figure) -> dict[str, Any]:
         "note": figure.note,
         "description": figure.description,
         "min_width": figure.min_width,
-        "specification": figure.specification(),
+        "specification": figure.specification,
         "picture": f"data:image/svg+xml;base64,{picture}",
     }
 
