@@ -33,9 +33,9 @@ class Cosmic(Selector):
     """Choose by the activations alone, without refusal tokens (COSMIC, Siu et al. 2025, 2506.00085).
 
     Harmful prompts with the direction ablated should end up where harmless ones do, and harmless prompts with it added
-    where harmful ones do: the two cosines are added, and the largest sum wins. They are taken between mean states of
-    the last token behind those blocks in which harmful and harmless training prompts are least alike. The authors' own
-    rule is `centred: false` with `drop_late: true`.
+    where harmful ones do. Both are told by the cosine between mean states of the last token, about the middle of the
+    two sides, behind those blocks in which harmful and harmless training prompts are least alike. The direction whose
+    ablation does most is chosen. The authors' own rule, the sum of both, is `centred: false` with `drop_late: true`.
     """
 
     selector: Literal["cosmic"] = "cosmic"
@@ -43,7 +43,7 @@ class Cosmic(Selector):
     meanings: ClassVar[Mapping[str, tuple[str, str]]] = {
         "ablated_similarity": ("Similarity when ablated", "Of harmful requests, direction removed, to harmless ones."),
         "added_similarity": ("Similarity when added", "Of harmless requests, direction added, to harmful ones."),
-        "cosmic_score": ("COSMIC score", "The sum of the two similarities: the highest is chosen."),
+        "cosmic_score": ("COSMIC score", "The sum of the two similarities, by which its authors choose."),
     }
     max_kl_nats: Annotated[float, Field(ge=0)] = 0.1
     """Largest KL on harmless prompts that an ablation may cost."""
@@ -52,8 +52,8 @@ class Cosmic(Selector):
     compared: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of the layers in which states are compared, at least one layer."""
     centred: bool = True
-    """Take cosines about the middle of the two sides' training means. The authors take them about zero, from where
-    states of both sides point almost the same way, and what they share hides in which way they differ."""
+    """Take cosines about the middle of the two sides' training means, and choose by ablation. The authors take them
+    about zero, from where states of both sides point almost the same way, and choose by the sum of both."""
     drop_late: bool = False
     """Drop, as the authors do, the last position's candidates behind the layers in which other positions score best.
     A model whose refusal direction shows at the last position alone loses all of them that way."""
@@ -68,9 +68,9 @@ class Cosmic(Selector):
         fell |= {
             candidate: f"KL above {self.max_kl_nats:g} nats" for candidate in kl if kl[candidate] > self.max_kl_nats
         }
-        # Of equal sums the first in the order of enumeration, as the authors' stable sort.
+        # Of equals the first in the order of enumeration, as the authors' stable sort.
         survivors = [candidate for candidate in everything if candidate not in fell]
-        best = max(survivors, key=lambda candidate: sum(found[candidate]), default=None)
+        best = max(survivors, key=lambda candidate: self._merit(*found[candidate]), default=None)
         known = {
             c: Score(
                 c.position,
@@ -90,6 +90,10 @@ class Cosmic(Selector):
             hint="raise `select.max_kl_nats` if the nearest miss is good enough for you, use more prompts, or capture "
             "other positions",
         )
+
+    def _merit(self, ablated: float, added: float) -> float:
+        """Return what candidates are ranked by, from how alike ablation and addition make the two sides."""
+        return ablated if self.centred else ablated + added
 
     def _origin(self, inputs: SelectInputs, subject: Subject) -> tuple[list[int], Tensor]:
         """Return the layers to compare in, and the mean state over them [d_model] that cosines are taken about.
