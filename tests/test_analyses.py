@@ -22,6 +22,7 @@ from refusalkit.plan import Plan, make_plan
 from refusalkit.plan_text import describe
 from refusalkit.recipe_file import load_recipe
 from refusalkit.registry import Registry
+from refusalkit.report.charts import figures
 from refusalkit.run_directory import Run, read_run
 from refusalkit.stages.compare_directions import HARMLESS, N_FOLDS, compared, dealt, divisions
 from refusalkit.stages.suffixes import append, n_tokens, random_suffix
@@ -58,7 +59,10 @@ def run(tmp_path_factory: pytest.TempPathFactory, registry: Registry) -> Callabl
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_runs_and_shows_a_section(path: Path, run: Callable[[str], Run]) -> None:
-    folder = run(path.stem).folder
+    shown = run(path.stem)
+    for figure in figures(shown):
+        figure.chart.to_dict(validate=True)
+    folder = shown.folder
     page = (folder / "report.html").read_text(encoding="utf-8")
     asked = yaml.safe_load(path.read_text(encoding="utf-8")).get("analyze", [])
     assert page.count('<section id="analysis-') == len(asked)

@@ -21,16 +21,6 @@ from tests.conftest import SMALL, Command, one_hint
 HEAVY = ("torch", "transformers", "nnsight", "numpy", "altair")
 
 
-def test_a_typo_is_named_before_anything_slow_is_imported(recipe_file: Path) -> None:
-    recipe_file.write_text(recipe_file.read_text(encoding="utf-8").replace("train", "trian"), encoding="utf-8")
-    program = "import sys, atexit; atexit.register(lambda: print({'torch', 'transformers'} & {*sys.modules}))\n"
-    program += "from refusalkit.cli import main; main()"
-    line = [sys.executable, "-c", program, "run", str(recipe_file)]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert "did you mean 'train'?" in done.stderr
-    assert done.stdout == "set()\n"
-
-
 def test_help_starts_in_half_a_second() -> None:
     def seconds() -> float:
         since = time.perf_counter()
@@ -41,14 +31,20 @@ def test_help_starts_in_half_a_second() -> None:
     assert min(seconds() for _ in range(5)) < 0.5
 
 
-@pytest.mark.parametrize("line", [["--help"], ["run", "--help"], ["schema"], ["plugins"], ["validate", "small.yaml"]])
+@pytest.mark.parametrize(
+    "line",
+    [["--help"], ["run", "--help"], ["schema"], ["plugins"], ["validate", "small.yaml"], ["run", "typo.yaml"]],
+    ids=" ".join,
+)
 def test_nothing_heavy_is_imported_to_answer_at_once(recipe_file: Path, line: list[str]) -> None:
+    recipe_file.with_name("typo.yaml").write_text(SMALL.replace("train", "trian"), encoding="utf-8")
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "refusalkit", *line],
         cwd=recipe_file.parent, env=environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert done.returncode == 0
+    assert done.returncode == (2 if "typo.yaml" in line else 0)
+    assert ("did you mean 'train'?" in done.stderr) is ("typo.yaml" in line)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
     assert "refusalkit.cli" in imported
     assert imported.isdisjoint(HEAVY)

@@ -80,16 +80,22 @@ def test_mean_states_do_not_depend_on_batches_packs_or_the_shared_front(found: t
         torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rule", [Cosmic(), Cosmic(centred=False)], ids=["centred", "authors"])
-def test_cosmic_chooses_what_a_plain_loop_over_its_rule_chooses(
-    rule: Cosmic, found: tuple[Engine, SelectInputs]
-) -> None:
+def test_cosmic_chooses_what_a_plain_loop_over_its_rules_chooses(found: tuple[Engine, SelectInputs]) -> None:
     engine, inputs = found
-    rule = rule.model_copy(update={"max_kl_nats": 1.0, "drop_late": True})
-    chosen = _by_hand(engine, inputs, rule)
-    selection = rule.select(inputs, engine)
-    assert {(s.position, s.layer) for s in selection.scores if s.status == "chosen"} == {chosen[0]}
-    assert {(s.position, s.layer) for s in selection.scores if s.status in ("chosen", "survivor")} == set(chosen)
+    rules = [Cosmic(max_kl_nats=1.0, drop_late=True, centred=centred) for centred in (True, False)]
+    for _ in range(2):
+        chosen = []
+        for rule in rules:
+            left = _by_hand(engine, inputs, rule)
+            selection = rule.select(inputs, engine)
+            assert {(s.position, s.layer) for s in selection.scores if s.status == "chosen"} == {left[0]}
+            assert {(s.position, s.layer) for s in selection.scores if s.status in ("chosen", "survivor")} == set(left)
+            chosen.append(left[0])
+        # Once more without the direction that both rules find.
+        directions = inputs.directions.clone()
+        directions[inputs.positions.index(chosen[0][0]), chosen[0][1]] = 0
+        inputs = replace(inputs, directions=directions)
+    assert chosen[0] != chosen[1], "the rules part"
 
 
 def _by_hand(engine: Engine, inputs: SelectInputs, rule: Cosmic) -> list[tuple[int, int]]:
@@ -125,7 +131,7 @@ def _by_hand(engine: Engine, inputs: SelectInputs, rule: Cosmic) -> list[tuple[i
         place
         for place in kl
         if place[1] < int(0.8 * engine.n_layers)
-        and place[1] > 0
+        and inputs.directions[inputs.positions.index(place[0]), place[1]].any()
         and kl[place] <= rule.max_kl_nats
         and not (place[0] == -1 and all(peak < place[1] for peak in peaks))
     ]

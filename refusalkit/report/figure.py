@@ -31,7 +31,7 @@ class Figure:
     def specification(self) -> Mapping[str, Any]:
         """The Vega-Lite specification, without the theme."""
         chart = self.chart.properties(description=self.description)
-        # Tests hold every figure to the schema; here that takes longer than to draw it.
+        # Tests hold the figures of runs and analyses to the schema; here that takes longer than to draw them.
         document: dict[str, Any] = chart.to_dict(validate=False)
         # Altair adds its own default theme, and the schema's address is of no use to a page without a network.
         document.pop("config", None)
