@@ -1,7 +1,11 @@
-"""Compute the paper's three losses with transformers alone: one text after the other, no batch, no engine."""
+"""Compute the paper's three losses with transformers alone: one text after the other, no batch, no engine.
+
+In double precision, so that what is found differs by the rounding of one side alone.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -25,6 +29,7 @@ def plain_loss(
 
     `written` are the harmless prompts and what the model wrote to them.
     """
+    module = copy.deepcopy(module).double()
     with ExitStack() as stack:
         if removed is not None:
             for handle in _ablate(module, removed):
@@ -63,12 +68,12 @@ def _rendered(tokenizer: Any, prompt: str) -> list[int]:
 @torch.no_grad()
 def _loss(module: Any, ids: list[int], start: int) -> float:
     tokens = torch.tensor([ids])
-    logits = module(tokens).logits[0, start - 1 : -1].float()
+    logits = module(tokens).logits[0, start - 1 : -1]
     return float(torch.nn.functional.cross_entropy(logits, tokens[0, start:], reduction="sum"))
 
 
 def _ablate(module: Any, removed: Tensor) -> Iterator[Any]:
-    unit = (removed / removed.norm()).float()
+    unit = (removed / removed.norm()).double()
 
     def without(state: Tensor) -> Tensor:
         return state - (state @ unit)[..., None] * unit
