@@ -123,8 +123,6 @@ class Direction:
     """[layer, d_model]: the mean of harmless training prompts at `site` and this position, in every layer."""
     harmful: Tensor | None = None
     """[layer, d_model]: the same of harmful training prompts."""
-    found: Tensor | None = None
-    """What was found, where `vector` is a random control that stands in for it; gates read along this."""
     states: States | None = None
     """What interventions that learn from single prompts read them with; None where there is no model to ask."""
 

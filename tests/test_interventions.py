@@ -12,6 +12,7 @@ from typing import Any
 import nnsight
 import pytest
 import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
 from refusalkit import algebra
@@ -235,7 +236,19 @@ def test_a_remote_dry_run_of_every_intervention_gives_the_same_bits(engine: Engi
 
 def _direction(engine: Engine) -> Direction:
     harmful, harmless, vector = torch.randn((3, 4, engine.d_model), generator=torch.Generator().manual_seed(2))
-    return Direction(vector[0], -1, 2, engine.n_layers, harmless=harmless, harmful=harmful)
+    samples = {"harmful": _prompts_about(harmful), "harmless": _prompts_about(harmless)}
+
+    def states(side: str, split: str, place: Place) -> torch.Tensor:
+        assert split == "train"
+        return samples[side][:, place.layer]
+
+    return Direction(vector[0], -1, 2, engine.n_layers, harmless=harmless, harmful=harmful, states=states)
+
+
+def _prompts_about(mean: torch.Tensor, seed: int = 3) -> torch.Tensor:
+    """Draw prompts [prompt, layer, d_model] float64 whose mean is `mean` [layer, d_model]."""
+    drawn = torch.randn((100, *mean.shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return mean + 2 * (drawn - drawn.mean(0))
 
 
 @pytest.mark.parametrize(
@@ -302,46 +315,43 @@ def test_a_plane_needs_layers_whose_differences_differ() -> None:
 
 def test_the_gate_stands_where_the_threshold_says_and_faces_the_side_it_is_for(engine: Engine) -> None:
     direction = _direction(engine)
-    unit = algebra.unit(direction.vector)
-    assert direction.harmful is not None
-    assert direction.harmless is not None
+    assert direction.states is not None
     for layer in (None, 1):
-        place = direction.layer if layer is None else layer
-        harmful, harmless = direction.harmful[place] @ unit, direction.harmless[place] @ unit
+        place = replace(direction.place, layer=direction.layer if layer is None else layer)
+        harmful, harmless = (direction.states(side, "train", place) for side in ("harmful", "harmless"))
         for threshold in (0.0, 0.3, 1.0):
-            gate = Conditional(apply=Steer(layers=(3, 3)), layer=layer, threshold=threshold).build(direction).gate
-            assert gate is not None
-            assert (gate.layer, gate.position, gate.site) == (place, -1, "resid_pre")
-            turned = gate.vector.float() @ unit
-            assert abs(turned) == pytest.approx(1)
-            assert turned * (harmful - harmless) > 0
-            assert gate.threshold == pytest.approx(
-                float(turned * (harmless + threshold * (harmful - harmless))), abs=1e-4
-            )
-            mirrored = Conditional(apply=Steer(layers=(3, 3)), layer=layer, threshold=threshold, when="harmless")
-            other = mirrored.build(direction).gate
-            assert other is not None
-            assert other.threshold == -gate.threshold
-            assert torch.equal(other.vector, -gate.vector)
+            options: dict[str, Any] = {"apply": Steer(layers=(3, 3)), "layer": layer, "threshold": threshold}
+            for when, opens, shuts in (("harmful", harmful, harmless), ("harmless", harmless, harmful)):
+                gate = Conditional(**options, when=when).build(direction).gate
+                assert gate is not None
+                assert (gate.site, gate.layer, gate.position) == (place.site, place.layer, place.position)
+                assert gate.vector.norm() == pytest.approx(1)
+                low, high = float((shuts @ gate.vector).mean()), float((opens @ gate.vector).mean())
+                assert low < high
+                assert gate.threshold == pytest.approx(low + threshold * (high - low))
 
 
-@pytest.mark.parametrize(("share", "most"), [(0.01, 0), (0.1, 4), (0.5, 20)])
+@pytest.mark.parametrize(("share", "most"), [(0.01, 1), (0.1, 10), (0.5, 50)])
 def test_a_gate_opens_for_no_more_harmless_prompts_than_it_may(engine: Engine, share: float, most: int) -> None:
-    states = torch.randn((40, engine.d_model), generator=torch.Generator().manual_seed(3))
-    asked: list[tuple[str, str, Place]] = []
-
-    def read(side: str, split: str, place: Place) -> torch.Tensor:
-        asked.append((side, split, place))
-        return states.double()
-
-    direction = replace(_direction(engine), states=read)
+    direction = _direction(engine)
+    assert direction.states is not None
+    harmful, harmless = (direction.states(side, "train", direction.place) for side in ("harmful", "harmless"))
     gate = Conditional(apply=Steer(layers=(3, 3)), false_positives=share).build(direction).gate
     assert gate is not None
-    assert asked == [("harmless", "validation", direction.place)]
-    readings = states.double() @ gate.vector
-    assert (readings >= gate.threshold).sum() == most
-    # It turns away no more than it has to.
-    assert readings.sort(descending=True).values[most] == pytest.approx(gate.threshold, abs=1e-2)
+    low, high = (float((side @ gate.vector).mean()) for side in (harmless, harmful))
+    stands = (gate.threshold - low) / (high - low)
+    readings = []
+    for fold in range(5):
+        rest = harmless[torch.arange(100) % 5 != fold]
+        rows = torch.cat([rest, harmful]).numpy()
+        probe = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+        along = torch.tensor(probe.fit(rows, [0] * 80 + [1] * 100).coef_[0])
+        out = harmless[fold::5] @ along
+        readings += ((out - (rest @ along).mean()) / ((harmful @ along).mean() - (rest @ along).mean())).tolist()
+    ranked = sorted(readings, reverse=True)
+    # It turns away all but so many, and no more than it has to.
+    assert sum(reading >= stands for reading in readings) == most
+    assert stands == pytest.approx(ranked[most], abs=1e-3)
 
 
 @pytest.mark.parametrize("layer", [None, 1])
@@ -377,27 +387,33 @@ def test_a_gate_for_over_refused_prompts_tells_them_from_harmful_ones(layer: int
     assert Conditional(**options).sides == {"over_refusal"}
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"when": "harmless"}])
-def test_a_gate_has_one_threshold(options: dict[str, Any]) -> None:
+def test_a_gate_has_one_threshold() -> None:
     with pytest.raises(ValueError, match="false_positives"):
-        Conditional(apply=Steer(layers=(3, 3)), false_positives=0.1, **options)
+        Conditional(apply=Steer(layers=(3, 3)), false_positives=0.1, threshold=0.5)
 
 
-def test_a_gate_needs_a_layer_in_which_the_two_sides_differ() -> None:
-    same = torch.ones(3, 4)
-    direction = Direction(torch.eye(4)[1], -1, 1, 3, harmless=same, harmful=same + torch.eye(4)[:3])
+def test_a_gate_needs_a_layer_in_which_the_two_sides_differ(engine: Engine) -> None:
+    direction = _direction(engine)
+    assert direction.states is not None
+    read = direction.states
+
+    def alike_in_layer_0(side: Any, split: Any, place: Place) -> torch.Tensor:
+        return read("harmful" if place.layer == 0 else side, split, place)
+
+    direction = replace(direction, states=alike_in_layer_0)
     assert Conditional().build(direction).gate
-    with pytest.raises(RunError, match="do not differ at position -1, layer 0"):
+    with pytest.raises(RunError, match="harmful and harmless training prompts do not differ at position -1, layer 0"):
         Conditional(layer=0).build(direction)
 
 
-def test_the_gate_of_a_control_reads_along_the_direction_that_was_found(engine: Engine) -> None:
+def test_a_control_waits_for_the_same_gate(engine: Engine) -> None:
     direction = _direction(engine)
-    control = replace(direction, vector=torch.ones(engine.d_model), found=direction.vector)
+    control = replace(direction, vector=torch.ones(engine.d_model))
     gates = [Conditional().build(each) for each in (direction, control)]
     assert gates[0].gate is not None
     assert gates[1].gate is not None
     assert torch.equal(gates[0].gate.vector, gates[1].gate.vector)
+    assert gates[0].gate.threshold == gates[1].gate.threshold
     assert not torch.equal(gates[0].edits[0].add, gates[1].edits[0].add)  # type: ignore[arg-type]
 
 
@@ -478,7 +494,7 @@ def test_strengthening_behind_a_gate_refuses_more_and_leaves_harmless_completion
     made = {(row.intervention, row.prompts): row for row in evaluation.generated}
     plain, before = made["none", "harmful"].refused, made["none", "harmless"].texts
     assert plain is not None
-    for label, share, more in (("threshold=0.25", 0.2, 15), ("false_positives=0.01", 0.1, 8)):
+    for label, share, more in (("threshold=0.3", 0.2, 15), ("false_positives=0.01", 0.1, 8)):
         gated = made[f"conditional({label})", "harmful"].refused
         assert gated is not None
         answered = [after for refused, after in zip(plain, gated, strict=True) if not refused]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,7 +20,6 @@ from refusalkit.intervention import (
     Intervention,
     InterventionSpec,
     Ordinal,
-    Place,
 )
 
 if TYPE_CHECKING:
@@ -30,40 +29,41 @@ if TYPE_CHECKING:
 
 
 _FOLDS = 5
+#: The prompts that a gate opens for, and those that it is to stay shut for.
+_SIDES: dict[str, tuple[Side, Side]] = {
+    "harmful": ("harmful", "harmless"),
+    "harmless": ("harmless", "harmful"),
+    "over_refusal": ("over_refusal", "harmful"),
+}
 
 
 class Conditional(InterventionSpec):
     """Apply another intervention only to prompts that a gate lets through (conditional steering, CAST, 2409.05907).
 
-    The gate reads one component of the hidden state once, in the prompt, at the position the direction was found at;
-    what it decides holds for the whole completion. Every prompt of a batch is decided by itself, and those that are
-    turned away run bit for bit as in the unmodified model.
+    The gate reads one component of the hidden state once, in the prompt, at the position the direction was found at:
+    the one along which linear discriminant analysis tells training prompts apart there. What it decides holds for the
+    whole completion. Every prompt of a batch is decided by itself, and those that are turned away run bit for bit as in
+    the unmodified model.
     """
 
     intervention: Literal["conditional"] = "conditional"
     apply: InterventionSpec = Steer()
     """What to do where the gate opens: another intervention on activations."""
     when: Literal["harmful", "harmless", "over_refusal"] = "harmful"
-    """The prompts that it opens for. Harmful and harmless ones are told apart along the direction; over-refusal ones
-    from harmful ones along what linear discriminant analysis of the training prompts finds where the gate is read."""
+    """The prompts that it opens for: harmful ones rather than harmless ones, or the other way round, or over-refusal
+    ones rather than harmful ones."""
     threshold: float = 0.5
-    """Where the gate stands: 0 is the mean of harmless training prompts, 1 that of harmful ones; for `over_refusal`, 0
-    that of harmful ones and 1 that of over-refusal ones."""
+    """Where the gate stands: 0 is the mean of training prompts that it stays shut for, 1 that of those it opens for."""
     false_positives: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """In place of `threshold`: the share of prompts that the gate may open for by mistake, of harmless validation
-    prompts; for `over_refusal`, of harmful training prompts, each read by a probe trained on four fifths of them
-    without it. It stands above the readings of all others."""
+    """In place of `threshold`: the share of training prompts that the gate may open for by mistake, each read by a
+    probe that was made without it and a fifth of the others. It stands above the readings of all others."""
     layer: Ordinal | None = None
     """The layer in which the gate is read; null is the one the direction was found in."""
 
     @model_validator(mode="after")
     def _has_one_threshold(self) -> Conditional:
-        if self.false_positives is None:
-            return self
-        if "threshold" in self.model_fields_set:
+        if self.false_positives is not None and "threshold" in self.model_fields_set:
             raise ValueError("`threshold` and `false_positives` both say where the gate stands: keep one of them")
-        if self.when == "harmless":
-            raise ValueError("`false_positives` counts harmless prompts, for which this gate is meant to open")
         return self
 
     @model_validator(mode="after")
@@ -110,47 +110,28 @@ class Conditional(InterventionSpec):
         return Intervention(tuple(replace(edit, gated=True) for edit in made.edits), gate=gate)
 
     def _gate(self, direction: Direction) -> Gate:
+        assert direction.states is not None
         place = replace(direction.place, layer=direction.layer if self.layer is None else self.layer)
-        axis, mistaken = self._told_apart(direction, place)
-        if not axis.along.any():
-            sides = "over-refusal and harmful" if self.when == "over_refusal" else "harmful and harmless"
-            where = f"position {place.position}, layer {place.layer}"
+        toward, away = (direction.states(side, "train", place) for side in _SIDES[self.when])
+        probe = _probe(toward, away)
+        if not probe.along.any():
             raise RunError(
-                f"{sides} training prompts do not differ at {where}, so there is nothing to read",
+                f"{' and '.join(_SIDES[self.when])} training prompts do not differ at position {place.position}, layer "
+                f"{place.layer}, so there is nothing to read",
                 where=_where(self),
                 hint="read the gate in a later `layer`: layer 0 sees the template's token alone",
             )
         at = self.threshold
         if self.false_positives is not None:
-            readings = mistaken().sort(descending=True).values
+            readings = _held_out(toward, away).sort(descending=True).values
             # A hair above, so that rounding does not open the gate for the first one that it must turn away.
             at = readings[int(self.false_positives * len(readings))].item() + 1e-4
-        threshold = axis.low + at * (axis.high - axis.low)
-        sign = -1.0 if self.when == "harmless" else 1.0
-        return Gate(place.site, place.layer, place.position, sign * axis.along, sign * threshold)
-
-    def _told_apart(self, direction: Direction, place: Place) -> tuple[_Axis, Callable[[], Tensor]]:
-        """Return what the gate reads, and what reads the prompts that it must not open for: [prompt]."""
-        if self.when == "over_refusal":
-            assert direction.states is not None
-            toward, away = (direction.states(side, "train", place) for side in ("over_refusal", "harmful"))
-            return _probe(toward, away), lambda: _held_out(toward, away)
-        assert direction.harmful is not None
-        assert direction.harmless is not None
-        harmful, harmless = (side[place.layer].double() for side in (direction.harmful, direction.harmless))
-        along = _along(direction, harmful - harmless)
-        axis = _Axis(along, float(harmless @ along), float(harmful @ along))
-
-        def validation() -> Tensor:
-            assert direction.states is not None
-            return axis.read(direction.states("harmless", "validation", place))
-
-        return axis, validation
+        return Gate(place.site, place.layer, place.position, probe.along, probe.low + at * (probe.high - probe.low))
 
 
 @dataclass(frozen=True, eq=False)
-class _Axis:
-    """Hold what a gate reads along, and where two sides' training prompts lie there on average."""
+class _Probe:
+    """Hold what a gate reads along, and where the two sides that it was made from lie there on average."""
 
     along: Tensor
     """A unit vector [d_model] float64, or zero where the sides do not differ."""
@@ -162,12 +143,12 @@ class _Axis:
         return (states @ self.along - self.low) / (self.high - self.low)
 
 
-def _probe(toward: Tensor, away: Tensor) -> _Axis:
+def _probe(toward: Tensor, away: Tensor) -> _Probe:
     """Tell samples [prompt, d_model] of two sides apart by linear discriminant analysis."""
     from refusalkit import algebra
 
     along = algebra.unit(Lda().fit(toward, away))
-    return _Axis(along, float(away.mean(0) @ along), float(toward.mean(0) @ along))
+    return _Probe(along, float(away.mean(0) @ along), float(toward.mean(0) @ along))
 
 
 def _held_out(toward: Tensor, away: Tensor) -> Tensor:
@@ -179,15 +160,6 @@ def _held_out(toward: Tensor, away: Tensor) -> Tensor:
     for out in range(_FOLDS):
         readings[fold == out] = _probe(toward, away[fold != out]).read(away[fold == out])
     return readings
-
-
-def _along(direction: Direction, difference: Tensor) -> Tensor:
-    """Return the unit vector [d_model] of what was found that points from harmless to harmful prompts."""
-    from refusalkit import algebra
-
-    found = direction if direction.found is None else replace(direction, vector=direction.found)
-    basis = found.basis
-    return algebra.unit(difference @ basis.T @ basis)
 
 
 class Combine(InterventionSpec):

@@ -122,8 +122,8 @@ class LogisticProbe(PerPlace):
 class Lda(PerPlace):
     """Whiten the difference in means by the covariance within the sides (linear discriminant analysis).
 
-    The covariance is shrunk (Ledoit and Wolf 2004), because there are more dimensions than prompts. It is estimated as
-    scikit-learn does and inverted in the span of the prompts, in seconds and not in minutes where d_model is large.
+    The covariance is shrunk (Ledoit and Wolf 2004), because there are more dimensions than prompts. It is what
+    scikit-learn estimates, shrunk and inverted by inner products of the prompts: in a second where d_model is 8192.
     """
 
     strategy: Literal["lda"] = "lda"
@@ -144,14 +144,16 @@ class Lda(PerPlace):
 
     def _shrunk(self, x: Tensor) -> tuple[float, Tensor]:
         """Return the share of a side's covariance that is kept, and what is added to its diagonal [d_model]."""
-        from sklearn.covariance import ledoit_wolf_shrinkage
-
         if self.shrinkage != "auto":
             return 1 - self.shrinkage, self.shrinkage * x.square().mean()
         scale = x.square().mean(0).sqrt()
         scale = scale.where(scale > 0, scale.new_ones(()))
         standard = x / scale
-        shrinkage = float(ledoit_wolf_shrinkage(standard.numpy(), assume_centered=True))
+        (n, d), gram = x.shape, standard @ standard.T
+        squares, lengths = gram.square().sum(), gram.diagonal().square().sum()
+        # The covariance and its trace spread over all dimensions, mixed so that the expected error is least.
+        best = (lengths - squares / n) / (squares - gram.trace() ** 2 / d)
+        shrinkage = float(best.nan_to_num().clamp(0, 1))
         return 1 - shrinkage, shrinkage * standard.square().mean() * scale.square()
 
 

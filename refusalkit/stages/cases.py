@@ -61,7 +61,7 @@ def all_cases(section: EvaluateSection, direction: Direction, shuffled: Tensor |
 def _controls(
     section: EvaluateSection, direction: Direction, shuffled: Tensor | None
 ) -> Iterator[tuple[str, Direction]]:
-    """Yield what stands in for the direction, each as long; gates still read along the one that was found."""
+    """Yield what stands in for the direction, each as long."""
     vector = direction.vector
     for number in range(section.controls):
         draw = torch.randn(vector.shape, generator=torch.Generator().manual_seed(section.seed + number))
@@ -73,7 +73,7 @@ def _controls(
 
 def _as_long(vector: Tensor, direction: Direction) -> Direction:
     scaled = algebra.unit(vector) * direction.vector.norm(dim=-1, keepdim=True)
-    return replace(direction, vector=scaled, found=direction.vector)
+    return replace(direction, vector=scaled)
 
 
 def _label(spec: InterventionSpec, suffix: str) -> str:

@@ -22,7 +22,7 @@ from refusalkit.engine.gradients import Differentiable
 from refusalkit.engine.layout import resolve
 from refusalkit.engine.load import engine_of
 from refusalkit.errors import InputError
-from refusalkit.intervention import SITES, Direction, Edit, Intervention, InterventionSpec
+from refusalkit.intervention import SITES, Direction, Edit, Intervention, InterventionSpec, Place
 from refusalkit.metric import SIDES, Evidence, Metric, Side
 from refusalkit.prompt_source import PromptSource
 from refusalkit.prompt_split import SPLITS
@@ -68,8 +68,15 @@ def check_adapter(adapter: Adapter, module: Any, *, tokenizer: Any = None) -> tu
 
 def _direction(engine: Engine, seed: int = 0) -> Direction:
     vector = torch.randn(engine.d_model, generator=torch.Generator().manual_seed(seed))
-    harmful, harmless = torch.randn((2, engine.n_layers, engine.d_model), generator=torch.Generator().manual_seed(4))
-    return Direction(vector, -1, engine.n_layers // 2, engine.n_layers, harmless=harmless, harmful=harmful)
+    means = torch.randn((len(SIDES), engine.n_layers, engine.d_model), generator=torch.Generator().manual_seed(4))
+
+    def states(side: Side, split: str, place: Place) -> Tensor:
+        spread = torch.randn((8, engine.d_model), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        return means[SIDES.index(side), place.layer] + spread
+
+    harmful, harmless = (means[SIDES.index(side)] for side in ("harmful", "harmless"))
+    layers = engine.n_layers
+    return Direction(vector, -1, layers // 2, layers, harmless=harmless, harmful=harmful, states=states)
 
 
 def _sites(engine: Engine, prompts: Sequence[tuple[int, ...]], direction: Direction | None = None) -> dict[str, Tensor]:
