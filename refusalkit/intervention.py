@@ -185,6 +185,11 @@ class InterventionSpec(BaseModel, ABC):
         """The prompts that it needs beside harmful and harmless ones."""
         return frozenset(side for spec in self.nested for side in spec.sides)
 
+    @property
+    def learns_from(self) -> frozenset[Side]:
+        """The sides whose training prompts it reads when it is built."""
+        return frozenset(side for spec in self.nested for side in spec.learns_from)
+
     def check(self, n_layers: int) -> None:
         """Raise `InputError` for what a model of `n_layers` has no place for."""
         for spec in self.nested:

@@ -153,13 +153,15 @@ def _passes(plan: Plan) -> list[str]:
     controls = sum(not spec.on_weights for spec in acting) * plan.recipe.evaluate.n_controls
     # What a gate does is compared with a pass of its own.
     cases = 1 + len(acting) + controls + any(spec.gated for spec in acting)
+    learnt = sum(len(sides[side]["train"]) for side in {side for spec in acting for side in spec.learns_from})
     texts = sum(len(metric.texts) for metric in plan.evaluate.metrics if isinstance(metric, TextMetric))
     of_texts = f", {(1 + len(acting) + controls) * texts} of texts" if texts else ""
+    of_training = f", {learnt} of training prompts" if learnt else ""
     return [
         f"prompts {read + sum(validation.values())} passes of one prompt, capture at most {captured}",
         f"select {selecting if plan.recipe.select.runs_model else 'none'}",
         f"evaluate {cases * test} and as many completions of up to {plan.recipe.evaluate.max_new_tokens} tokens"
-        f"{of_texts}",
+        f"{of_texts}{of_training}",
     ]
 
 

@@ -100,11 +100,16 @@ def _evaluate(plan: Plan) -> Cost:
     further = len(needs & {"token_kl", "written_losses", "projections"})
     work = cases * ((2 + further) * tokens + (2 + further) * written + texts)
     vectors = cases * plan.checkpoint.d_model * _FLOAT32
+    sides = {side for spec in section.interventions for side in spec.learns_from}
+    learnt = [plan.prompts.sides[side]["train"] for side in sides]
     logits = len(asked) * plan.checkpoint.d_vocab * _FLOAT32 if "logits" in needs else 0
     down = cases * (written * _INT32 + logits + 5 * len(asked) * _FLOAT64)
     down += len(asked) * plan.checkpoint.n_layers * _FLOAT64
+    down += sum(map(len, learnt)) * plan.checkpoint.d_model * _FLOAT32
     # What the unmodified model writes is asked for before, and what the others have written is read after.
     jobs = _jobs(work) + (1 if written else 0) + ("written_losses" in needs)
+    jobs += sum(_jobs(_tokens(plan, prompts)) for prompts in learnt)
+    tokens += sum(_tokens(plan, prompts) for prompts in learnt)
     up = _PER_TOKEN * (tokens + cases * (written + texts + further * (tokens + written)))
     return Cost(jobs, jobs * _SOURCE + vectors + up, down)
 

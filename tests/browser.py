@@ -1,4 +1,4 @@
-"""Open pages in a headless browser and measure what it draws."""
+"""Read the charts of a page, and open pages in a headless browser to measure what it draws."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import altair as alt
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HARNESS = """<!doctype html><meta charset="utf-8"><body><script>
@@ -43,6 +45,14 @@ const timer = setInterval(() => {
   }
 }, 50);
 </script>"""
+
+
+def charts(page: str) -> list[str]:
+    """Name the charts of a page, and fail where one is not as the schema of Vega-Lite wants it."""
+    found = re.findall(r'<script type="application/json" id="chart-([^"]+)">(.*?)</script>', page, re.DOTALL)
+    for _, specification in found:
+        alt.Chart.from_dict(json.loads(specification))
+    return [name for name, _ in found]
 
 
 def browse(folder: Path, mode: str, *more: str) -> subprocess.CompletedProcess[str]:

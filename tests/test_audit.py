@@ -22,6 +22,7 @@ from refusalkit.errors import InputError, RunError
 from refusalkit.progress import Silent
 from refusalkit.registry import Registry, load_registry
 from refusalkit.run_directory import Run, read_run
+from tests.browser import charts
 from tests.conftest import Command, one_hint
 
 from .reference import build_reference_model, needs_shared
@@ -231,6 +232,7 @@ def test_the_page_says_what_was_found_and_leads_to_the_run(audited: Path, found:
     assert "tiny:llama keeps the threshold." in page
     assert 'href="report.html"' in page
     assert (audited / "report.html").is_file()
+    assert charts(page) == ["removal", "layers"]
     assert all(f"<li>{prompt}</li>" in page for prompt in found.over_refused if prompt.isalnum())
 
 

@@ -26,7 +26,7 @@ from refusalkit.report.comparison_text import text
 from refusalkit.run_directory import read_run
 from refusalkit.store import Store
 from refusalkit.sweep_folder import write_sweep
-from tests.browser import CHROMIUM, drawn
+from tests.browser import CHROMIUM, charts, drawn
 from tests.test_report import SECRET, full_evaluation, prompts_of, write_run
 
 N = 32
@@ -290,6 +290,10 @@ def test_the_page_holds_no_completion_and_needs_no_network(tmp_path: Path) -> No
 def test_the_page_links_to_reports_that_lie_below_it(page: str) -> None:
     assert '<a href="good/report.html">' in page
     assert "alike/report.html" not in page
+
+
+def test_its_figures_are_as_the_schema_of_vega_lite_wants_them(page: str) -> None:
+    assert len(charts(page)) > 1
 
 
 def test_a_random_direction_stands_below_its_run(page: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
 from refusalkit import algebra
-from refusalkit.artifacts import Evaluation
+from refusalkit.artifacts import Evaluation, PromptSplits
 from refusalkit.builtin.adapters import LLAMA
 from refusalkit.builtin.components import Affine, Angular, Clamp, MeanAblate
 from refusalkit.builtin.compositions import Combine, Conditional
@@ -24,14 +24,20 @@ from refusalkit.builtin.interventions import Ablate, Steer
 from refusalkit.engine import blocks
 from refusalkit.engine.batch import batch
 from refusalkit.engine.engine import Engine
+from refusalkit.engine.load import load
 from refusalkit.engine.lower import lower, place
 from refusalkit.errors import InputError, RunError
 from refusalkit.intervention import Direction, Edit, Gate, Intervention, InterventionSpec, Place
+from refusalkit.metric import SIDES
 from refusalkit.pipeline import execute
-from refusalkit.plan import make_plan
+from refusalkit.plan import Plan, make_plan
+from refusalkit.plan_text import describe
+from refusalkit.progress import Silent
 from refusalkit.recipe_file import load_recipe
 from refusalkit.registry import Registry
 from refusalkit.selector import Measure
+from refusalkit.stages.bench import Bench
+from refusalkit.stages.states import states_at, states_everywhere
 from refusalkit.store import Store
 from refusalkit.testing import random_engine
 from refusalkit.testing.models import random_prompts
@@ -415,6 +421,21 @@ def test_a_control_waits_for_the_same_gate(engine: Engine) -> None:
     assert torch.equal(gates[0].gate.vector, gates[1].gate.vector)
     assert gates[0].gate.threshold == gates[1].gate.threshold
     assert not torch.equal(gates[0].edits[0].add, gates[1].edits[0].add)  # type: ignore[arg-type]
+
+
+def test_a_gate_learns_from_training_prompts_at_its_place_and_the_plan_counts_them(
+    finished_run: Path, plan_of: Callable[..., Plan], tmp_path: Path
+) -> None:
+    plan = plan_of("evaluate.interventions=[conditional]")
+    assert "32 of training prompts" in describe(plan, tmp_path)
+    assert "of training prompts" not in describe(plan_of("evaluate.interventions=[steer]"), tmp_path)
+    splits = Store(finished_run).load(PromptSplits)
+    assert splits is not None
+    bench = Bench(load(plan.checkpoint), plan.template, Silent())
+    at, everywhere = states_at(splits, bench), states_everywhere(splits, bench, "resid_pre", (-2, -1))
+    for where in (Place("resid_pre", 3, -1), Place("resid_pre", 7, -2)):
+        for side in SIDES[:2]:
+            torch.testing.assert_close(at(side, "train", where), everywhere(side, "train", where))
 
 
 def test_a_combination_applies_its_parts_in_order(engine: Engine) -> None:

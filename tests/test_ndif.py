@@ -216,14 +216,17 @@ def test_captures_of_64_and_of_512_prompts_download_the_same(plain: Server, regi
     assert down[512] == pytest.approx(down[64], rel=0.05)
 
 
+@pytest.mark.parametrize(
+    "settings", [(), ("evaluate.interventions=[none, {intervention: conditional, threshold: 0}]",)]
+)
 def test_the_plan_says_at_most_what_the_run_needs(
-    plain: Server, recipe: Path, run: Callable[..., Path], registry: Registry
+    settings: tuple[str, ...], plain: Server, recipe: Path, run: Callable[..., Path], registry: Registry
 ) -> None:
     from refusalkit.remote_cost import costs
 
-    settings = ["model.where=ndif", f"model.host={plain.host}"]
-    plan = make_plan(load_recipe(recipe, registry, settings), recipe.parent, registry)
-    needed = jobs_of(run(recipe, on=plain))
+    there = [*settings, "model.where=ndif", f"model.host={plain.host}"]
+    plan = make_plan(load_recipe(recipe, registry, there), recipe.parent, registry)
+    needed = jobs_of(run(recipe, *settings, on=plain))
     for stage, cost in costs(plan).items():
         assert needed[stage]["jobs"] <= cost.jobs
         assert needed[stage]["bytes_up"] <= cost.bytes_up

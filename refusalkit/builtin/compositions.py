@@ -87,7 +87,11 @@ class Conditional(InterventionSpec):
 
     @property
     def sides(self) -> frozenset[Side]:
-        return super().sides | ({"over_refusal"} if self.when == "over_refusal" else set())
+        return super().sides | self.learns_from - {"harmful", "harmless"}
+
+    @property
+    def learns_from(self) -> frozenset[Side]:
+        return super().learns_from | set(_SIDES[self.when])
 
     def check(self, n_layers: int) -> None:
         super().check(n_layers)

@@ -13,7 +13,7 @@ from refusalkit.artifacts import Activations, Choice, PromptSplits
 from refusalkit.intervention import NOTHING, Direction, Intervention, InterventionSpec
 from refusalkit.recipe import EvaluateSection
 from refusalkit.stages.bench import Bench
-from refusalkit.stages.states import states_of
+from refusalkit.stages.states import states_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ def chosen_direction(activations: Activations, choice: Choice, splits: PromptSpl
         activations.site,
         activations.harmless_mean[row].float(),
         activations.harmful_mean[row].float(),
-        states=states_of(splits, bench, activations.site, (choice.position,)),
+        states=states_at(splits, bench),
     )
 
 

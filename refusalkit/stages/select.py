@@ -16,7 +16,7 @@ from refusalkit.selector import SelectInputs, Selection, Selector
 from refusalkit.stages.bench import Bench
 from refusalkit.stages.find import cosines, directions_from
 from refusalkit.stages.prompts import check_enough
-from refusalkit.stages.states import states_of
+from refusalkit.stages.states import states_everywhere
 from refusalkit.strategy import Captured
 
 
@@ -42,7 +42,7 @@ def select(
             **validation,
             training={side: bench.tokens(splits.of(side, "train")) for side in activations.captured},
             captured=activations.captured,
-            states=states_of(splits, bench, candidates.site, candidates.positions),
+            states=states_everywhere(splits, bench, candidates.site, candidates.positions),
             find=None if section.needs_model else find,
         ),
         bench.engine,

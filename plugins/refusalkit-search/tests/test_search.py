@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import pytest
 import refusalkit_search
 from refusalkit_search.outcome import Found, document, sentence, text
@@ -115,7 +117,10 @@ def test_the_page_stands_alone_and_holds_no_completion(found: Found, folder: Pat
     page = (folder / "search.html").read_text(encoding="utf-8")
     assert "Pareto front of the search" in page
     assert 'src="http' not in page
-    assert "chart-pareto-refusal_rate-harmful-kl-harmless" in page
+    charts = dict(re.findall(r'<script type="application/json" id="chart-(.*?)">(.*?)</script>', page, re.DOTALL))
+    assert "pareto-refusal_rate-harmful-kl-harmless" in charts
+    for specification in charts.values():
+        assert alt.Chart.from_dict(json.loads(specification))
     for run in found.tests.values():
         assert not [text for made in run.evaluation.generated for text in made.texts if text and text in page]
     assert sentence(found).startswith("On test prompts, refusal_rate on harmful prompts is ")
