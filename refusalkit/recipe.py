@@ -202,8 +202,9 @@ class Recipe(Section):
         return " ".join(text.split()) if text else None
 
 
+@lru_cache(maxsize=16)
 def recipe_type(registry: Registry) -> type[Recipe]:
-    """Build the recipe model for what is installed.
+    """Build the recipe model for what is installed, once for each registry.
 
     Every choice becomes a discriminated union over the registry, so that an unknown key is an error with its full
     path (`find.pca.compnent`) and editors complete the options of installed plugins.
@@ -240,6 +241,7 @@ def recipe_type(registry: Registry) -> type[Recipe]:
     return made
 
 
+@lru_cache(maxsize=16)
 def find_types(registry: Registry) -> dict[str, type[Find]]:
     """Let every strategy be followed by operations, which choose other strategies from what is installed."""
     other = _choice(registry.strategies, "strategy")

@@ -60,7 +60,7 @@ class Provided:
     owner: Owner
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Registry:
     """Hold everything installed, by kind and name."""
 
