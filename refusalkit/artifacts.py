@@ -277,6 +277,10 @@ class WeightEdit(Frozen):
     """The same to the plain weight edit, where this one keeps norms."""
 
 
+#: The name of the share of prompts that a gate opens for.
+GATE_RATE = "gate_rate"
+
+
 class Evaluation(Artifact):
     """Hold what the interventions did to the held-out test prompts."""
 
@@ -286,6 +290,8 @@ class Evaluation(Artifact):
     generated: tuple[Generated, ...]
     separation: tuple[Separation, ...]
     weight_edits: tuple[WeightEdit, ...] = ()
+    gates: tuple[Result, ...] = ()
+    """For how many test prompts of each side the gates of interventions open; a control has the same gate."""
 
 
 class SuffixGroup(Frozen):

@@ -151,8 +151,9 @@ def _passes(plan: Plan) -> list[str]:
     selecting = f"at most {tried * a_candidate}, most far fewer"
     acting = [spec for spec in plan.recipe.evaluate.interventions if spec.uses_direction]
     controls = sum(not spec.on_weights for spec in acting) * plan.recipe.evaluate.n_controls
-    # What a gate does is compared with a pass of its own.
-    cases = 1 + len(acting) + controls + any(spec.gated for spec in acting)
+    # A gate is read for itself, and what it does is compared with a pass of its own.
+    gated = sum(spec.gated for spec in acting)
+    cases = 1 + len(acting) + controls + gated + bool(gated)
     learnt = sum(len(sides[side]["train"]) for side in {side for spec in acting for side in spec.learns_from})
     texts = sum(len(metric.texts) for metric in plan.evaluate.metrics if isinstance(metric, TextMetric))
     of_texts = f", {(1 + len(acting) + controls) * texts} of texts" if texts else ""

@@ -5,7 +5,7 @@ Upper bounds: a selector drops most candidates before the last scores, and what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from refusalkit.analysis import Directions, Suffixes
@@ -69,11 +69,10 @@ def _prompts(plan: Plan) -> Cost:
 
 def _capture(plan: Plan) -> Cost:
     asked = [prompt for side in plan.sides for prompt in plan.prompts.sides[side]["train"]]
-    work = _tokens(plan, asked)
     size = plan.n_candidates * plan.checkpoint.d_model
     # The means of two halves a side.
     down = len(asked) * size * _FLOAT32 if plan.needs == "samples" else 2 * len(plan.sides) * size * _FLOAT64
-    return Cost(_jobs(work), _SOURCE + _PER_TOKEN * work, down)
+    return _read(_tokens(plan, asked), down)
 
 
 def _select(plan: Plan) -> Cost:
@@ -100,18 +99,36 @@ def _evaluate(plan: Plan) -> Cost:
     further = len(needs & {"token_kl", "written_losses", "projections"})
     work = cases * ((2 + further) * tokens + (2 + further) * written + texts)
     vectors = cases * plan.checkpoint.d_model * _FLOAT32
-    sides = {side for spec in section.interventions for side in spec.learns_from}
-    learnt = [plan.prompts.sides[side]["train"] for side in sides]
     logits = len(asked) * plan.checkpoint.d_vocab * _FLOAT32 if "logits" in needs else 0
     down = cases * (written * _INT32 + logits + 5 * len(asked) * _FLOAT64)
     down += len(asked) * plan.checkpoint.n_layers * _FLOAT64
-    down += sum(map(len, learnt)) * plan.checkpoint.d_model * _FLOAT32
     # What the unmodified model writes is asked for before, and what the others have written is read after.
     jobs = _jobs(work) + (1 if written else 0) + ("written_losses" in needs)
-    jobs += sum(_jobs(_tokens(plan, prompts)) for prompts in learnt)
-    tokens += sum(_tokens(plan, prompts) for prompts in learnt)
     up = _PER_TOKEN * (tokens + cases * (written + texts + further * (tokens + written)))
-    return Cost(jobs, jobs * _SOURCE + vectors + up, down)
+    return _together([Cost(jobs, jobs * _SOURCE + vectors + up, down), *_gates(plan)])
+
+
+def _gates(plan: Plan) -> Iterator[Cost]:
+    """Every side that gates learn from is read in a job of its own, then all that they open for."""
+    specs = plan.recipe.evaluate.interventions
+    size = plan.checkpoint.d_model * _FLOAT32
+    for side in {side for spec in specs for side in spec.learns_from}:
+        prompts = plan.prompts.sides[side]["train"]
+        yield _read(_tokens(plan, prompts), len(prompts) * size)
+    if gates := sum(spec.gated for spec in specs):
+        asked = _prompts_in(plan, "test")
+        yield _read(gates * _tokens(plan, asked), gates * len(asked) * _FLOAT64)
+
+
+def _read(tokens: float, down: float) -> Cost:
+    jobs = _jobs(tokens)
+    return Cost(jobs, jobs * _SOURCE + _PER_TOKEN * tokens, down)
+
+
+def _together(costs: Sequence[Cost]) -> Cost:
+    return Cost(
+        sum(cost.jobs for cost in costs), sum(cost.bytes_up for cost in costs), sum(cost.bytes_down for cost in costs)
+    )
 
 
 def _text_tokens(plan: Plan, metric: TextMetric) -> float:
@@ -133,9 +150,7 @@ def _analyze(plan: Plan) -> Cost:
             asked.append(_suffixes(plan, analysis))
         elif isinstance(analysis, Directions):
             asked.append(_directions(plan, analysis, groups))
-    return Cost(
-        sum(cost.jobs for cost in asked), sum(cost.bytes_up for cost in asked), sum(cost.bytes_down for cost in asked)
-    )
+    return _together(asked)
 
 
 def _directions(plan: Plan, analysis: Directions, groups: Groups) -> Cost:

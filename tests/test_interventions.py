@@ -513,6 +513,7 @@ def test_strengthening_behind_a_gate_refuses_more_and_leaves_harmless_completion
     evaluation = Store(tmp_path / "run").load(Evaluation)
     assert evaluation is not None
     made = {(row.intervention, row.prompts): row for row in evaluation.generated}
+    opened = {(row.intervention, row.prompts): row for row in evaluation.gates}
     plain, before = made["none", "harmful"].refused, made["none", "harmless"].texts
     assert plain is not None
     for label, share, more in (("threshold=0.3", 0.2, 15), ("false_positives=0.01", 0.1, 8)):
@@ -524,4 +525,9 @@ def test_strengthening_behind_a_gate_refuses_more_and_leaves_harmless_completion
         assert sum(map(bool, gated)) - sum(map(bool, plain)) > more
         after = made[f"conditional({label})", "harmless"].texts
         assert sum(map(str.__eq__, before, after)) / len(before) >= 0.95
+        harmful, harmless = (opened[f"conditional({label})", side].values for side in SIDES[:2])
+        # What a gate turns away stays as it is, to the token.
+        assert all(one == other for one, other, let in zip(before, after, harmless, strict=True) if not let)
+        assert not any(new and not old for new, old, let in zip(gated, plain, harmful, strict=True) if not let)
+        assert sum(harmful) > 4 * sum(harmless) > 0
     assert sum(map(str.__eq__, before, made["steer", "harmless"].texts)) / len(before) < 0.1

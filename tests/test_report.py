@@ -36,7 +36,7 @@ from refusalkit.pipeline import write_report
 from refusalkit.report import chart_names, chart_svg, render_html
 from refusalkit.report import page as page_module
 from refusalkit.report.charts import figures, svg
-from refusalkit.report.data import render_csv
+from refusalkit.report.data import render_csv, render_json
 from refusalkit.report.finding import left_out, sentence
 from refusalkit.report.markdown import render_markdown
 from refusalkit.report.measured import controls_of, in_order
@@ -419,6 +419,23 @@ def test_a_metric_that_could_tell_nothing_is_shown_as_such(tmp_path: Path) -> No
     assert "n = 0, 16 missing" in render_markdown(run)
     assert "rate-guard" not in chart_names(run)
     assert left_out(Evaluation(results=(rate("none", "harmful", 0.9),), generated=(), separation=())) is None
+
+
+def test_a_report_says_how_often_a_gate_opens(tmp_path: Path) -> None:
+    label = "conditional(threshold=0.25)"
+    gates = tuple(
+        rate(label, side, value).model_copy(update={"metric": "gate_rate"})
+        for side, value in zip(SIDES, (0.75, 0.125), strict=True)
+    )
+    evaluation = Evaluation(results=(rate("none", "harmful", 0.9),), generated=(), separation=(), gates=gates)
+    run = read_run(write_run(tmp_path / "gated", evaluation=evaluation))
+    for shown in (render_html(run), render_markdown(run)):
+        for gate in gates:
+            assert with_interval(gate) in shown.replace("\N{NO-BREAK SPACE}", " ")
+    assert [line.split(",")[0] for line in render_csv(run).splitlines() if ",gate_rate," in line] == [label, label]
+    assert len(json.loads(render_json(run))["gates"]) == 2
+    # It is no effect: no test and no figure is made of it.
+    assert "rate-gate_rate" not in chart_names(run)
 
 
 # In a browser

@@ -147,7 +147,7 @@ def _section(comparison: Comparison, label: str) -> dict[str, Any]:
     )
     means = costs_first(metrics(renamed, "mean"))
     shown = [*metrics(renamed, "rate"), *means]
-    table = _marked(by_intervention(renamed, [*shown, *without_number(renamed)]), comparison, label)
+    table = _marked(by_intervention(renamed.results, [*shown, *without_number(renamed)]), comparison, label)
     figures = [_figure(renamed.results, metric, label) for metric in shown]
     return {"label": label, "figures": [placed(figure) for figure in figures], "table": table}
 

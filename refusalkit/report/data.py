@@ -31,6 +31,7 @@ def render_json(run: Run, *, show_completions: bool = False) -> str:
         "candidates": _plain(run.choice.scores),
         "separation": _plain(run.evaluation.separation),
         "weight_edits": _plain(run.evaluation.weight_edits),
+        "gates": _plain(run.evaluation.gates),
         **({} if run.analyses is None else {"analyses": _plain(run.analyses.found)}),
         "completions": generated,
         "environment": run.environment,
@@ -44,7 +45,7 @@ def render_csv(run: Run) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    results = run.evaluation.results
+    results = (*run.evaluation.results, *run.evaluation.gates)
     writer.writerows({**row, "missing": one.missing} for row, one in zip(_plain(results), results, strict=True))
     return out.getvalue()
 

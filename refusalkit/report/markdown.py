@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from refusalkit.agreement import agreements
+from refusalkit.artifacts import GATE_RATE
 from refusalkit.report import tables
 from refusalkit.report.analyses import parts
 from refusalkit.report.chance import chance
@@ -29,9 +30,12 @@ def _lines(run: Run) -> Iterator[str]:
     for title, kind in (("Rates", "rate"), ("Means", "mean")):
         if names := costs_first(metrics(evaluation, kind)):
             yield from (f"## {title} over held-out requests", "")
-            yield from (*_results(tables.by_intervention(evaluation, names)), "")
+            yield from (*_results(tables.by_intervention(evaluation.results, names)), "")
     if names := without_number(evaluation):
-        yield from ("## Every value is missing", "", *_results(tables.by_intervention(evaluation, names)), "")
+        yield from ("## Every value is missing", "", *_results(tables.by_intervention(evaluation.results, names)), "")
+    if evaluation.gates:
+        yield from ("## How often a gate opens", "")
+        yield from (*_results(tables.by_intervention(evaluation.gates, [GATE_RATE])), "")
     if agreed := tables.agreement_rows(agreements(evaluation.results)):
         yield from ("## How far verdicts on the same completions agree", "", *_agreement(agreed), "")
     tested = chance(evaluation)

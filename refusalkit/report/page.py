@@ -15,6 +15,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from refusalkit.agreement import agreements
+from refusalkit.artifacts import GATE_RATE
 from refusalkit.errors import RunError
 from refusalkit.report import tables
 from refusalkit.report.analyses import parts
@@ -158,10 +159,11 @@ def _numbers(run: Run) -> dict[str, Any]:
     rates, means = metrics(evaluation, "rate"), costs_first(metrics(evaluation, "mean"))
     return {
         "has_controls": any(map(is_control, interventions(evaluation))),
-        "rate_tables": {name: tables.by_intervention(evaluation, [name]) for name in rates},
+        "rate_tables": {name: tables.by_intervention(evaluation.results, [name]) for name in rates},
         "refusals_alone": all("refusal" in name for name in rates),
-        "mean_table": tables.by_intervention(evaluation, means),
-        "missing_table": tables.by_intervention(evaluation, without_number(evaluation)),
+        "mean_table": tables.by_intervention(evaluation.results, means),
+        "missing_table": tables.by_intervention(evaluation.results, without_number(evaluation)),
+        "gate_table": tables.by_intervention(evaluation.gates, [GATE_RATE]),
         "agreement_rows": tables.agreement_rows(agreements(evaluation.results)),
         "weight_edits": tables.weight_edits(evaluation.weight_edits),
     }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refusalkit.agreement import Agreement
-from refusalkit.artifacts import Choice, Evaluation, Result, WeightEdit
+from refusalkit.artifacts import Choice, Result, WeightEdit
 from refusalkit.metric import Side
 from refusalkit.report.changes import Change
 from refusalkit.report.heat_map import scores
@@ -69,9 +69,9 @@ class Table:
     rows: tuple[Row, ...]
 
 
-def by_intervention(evaluation: Evaluation, metrics: Sequence[str]) -> Table:
+def by_intervention(everything: Sequence[Result], metrics: Sequence[str]) -> Table:
     """Put interventions in rows and metrics by side in columns."""
-    results = [row for row in evaluation.results if row.metric in metrics]
+    results = [row for row in everything if row.metric in metrics]
     columns = tuple(_column(results, metric, side) for metric in metrics for side in sides(results, metric))
     rows = tuple(
         Row(label, is_control(label), tuple(_cell(results, label, column) for column in columns))

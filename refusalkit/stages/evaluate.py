@@ -42,6 +42,7 @@ from refusalkit.stages.asking import (
 )
 from refusalkit.stages.bench import Bench
 from refusalkit.stages.cases import Case, all_cases, chosen_direction
+from refusalkit.stages.gates import gate_rates
 
 
 def complete(section: EvaluateSection, splits: PromptSplits, bench: Bench) -> Unmodified:
@@ -102,6 +103,7 @@ def evaluate(
         generated=_generated(evidence, results),
         separation=separation,
         weight_edits=tuple(edits),
+        gates=gate_rates(cases, asked, bench),
     )
 
 
