@@ -30,6 +30,8 @@ from refusalkit.recipe_file import load_recipe
 from refusalkit.registry import Registry, load_registry
 
 ROOT = Path(__file__).parent.parent
+#: What refusalkit knows by itself, loaded once.
+BUILT_IN = load_registry(entry_points=False)
 
 SMALL = """\
 name: small
@@ -76,7 +78,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def registry() -> Registry:
     """Give what refusalkit knows by itself."""
-    return load_registry(entry_points=False)
+    return BUILT_IN
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ from refusalkit.errors import InputError
 from refusalkit.interchange.content import Operation, Wanted
 from refusalkit.interchange.convert import Converted
 from refusalkit.interchange.convert import convert as convert_with
-from refusalkit.registry import load_registry
-from tests.conftest import one_hint
+from tests.conftest import BUILT_IN, one_hint
 
 #: A target and what to do with the direction, where that is not clear, for each format.
 TARGETS: Mapping[str, tuple[str, Operation | None]] = {
@@ -35,7 +34,7 @@ TARGETS: Mapping[str, tuple[str, Operation | None]] = {
 
 def convert(source: Path, target: Path, to: str | None = None, **wanted: Any) -> Converted:
     """Convert with the options as keywords."""
-    return convert_with(source, target, to, Wanted(**wanted), load_registry(entry_points=False))
+    return convert_with(source, target, to, Wanted(**wanted), BUILT_IN)
 
 
 def vector(path: Path) -> Tensor:

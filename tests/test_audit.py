@@ -20,7 +20,7 @@ from refusalkit.audit.run import audit, plan_audit
 from refusalkit.audit.thresholds import Thresholds, default_file, read_thresholds
 from refusalkit.errors import InputError, RunError
 from refusalkit.progress import Silent
-from refusalkit.registry import Registry, load_registry
+from refusalkit.registry import Registry
 from refusalkit.run_directory import Run, read_run
 from tests.browser import charts
 from tests.conftest import Command, one_hint
@@ -38,9 +38,8 @@ LENIENT = "min_refusal_rate: 0.5\nmax_ablation_drop: 1\nmax_layer_share: 1.0\n"
 
 
 @pytest.fixture(scope="module")
-def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def audited(tmp_path_factory: pytest.TempPathFactory, registry: Registry) -> Path:
     """Give the folder of a small audit of an embedded model; copy it before changing anything in it."""
-    registry = load_registry(entry_points=False)
     out = tmp_path_factory.mktemp("audited") / "audit"
     audit(plan_audit("tiny:llama", SMALL, registry), out, Thresholds(min_refusal_rate=0.5), Silent())
     return out

@@ -20,7 +20,7 @@ from refusalkit.pipeline import execute
 from refusalkit.plan import make_plan
 from refusalkit.recipe import ModelSection
 from refusalkit.recipe_file import load_recipe
-from refusalkit.registry import load_registry
+from refusalkit.registry import Registry
 from refusalkit.run_directory import read_run
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'refusalkit[capability]'")
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not 
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from refusalkit.stages.harness import EngineLM, ask  # noqa: E402
+from tests.conftest import BUILT_IN  # noqa: E402
 
 PLAIN: dict[str, Any] = {"num_fewshot": None, "limit": None, "apply_chat_template": False}
 TASKS = {
@@ -49,7 +50,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return load(open_checkpoint(ModelSection(id="tiny:llama"), load_registry(entry_points=False)))
+    return load(open_checkpoint(ModelSection(id="tiny:llama"), BUILT_IN))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_an_intervention_answers_as_the_model_with_edited_weights(engine: Engine
         assert_same(plain, ablated)
 
 
-def test_a_run_scores_tasks_before_and_after_and_shows_both(folder: Path, tmp_path: Path) -> None:
+def test_a_run_scores_tasks_before_and_after_and_shows_both(folder: Path, tmp_path: Path, registry: Registry) -> None:
     path = tmp_path / "able.yaml"
     path.write_text(
         "name: able\nmodel: {id: tiny:llama}\n"
@@ -117,7 +118,6 @@ def test_a_run_scores_tasks_before_and_after_and_shows_both(folder: Path, tmp_pa
         f"analyze: [{{analysis: capability, tasks: [toy_choice, toy_text], folder: {folder}, limit: 8}}]\n",
         encoding="utf-8",
     )
-    registry = load_registry(entry_points=False)
     execute(make_plan(load_recipe(path, registry), path.parent, registry), tmp_path / "run")
     run = read_run(tmp_path / "run")
     assert run.analyses is not None

@@ -87,11 +87,6 @@ def _with(language: str) -> list[Path]:
     return [page for page in PAGES if any(block.language == language for block in _blocks(page))]
 
 
-@pytest.fixture(scope="module")
-def registry() -> Registry:
-    return load_registry(entry_points=False)
-
-
 @pytest.fixture
 def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Make a folder that looks like the repository to a reader, with a quickstart that takes seconds."""
@@ -133,8 +128,7 @@ def test_every_way_of_finding_differs_from_the_others_in_one_line(path: Path) ->
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.name)
-def test_every_method_runs(path: Path, tmp_path: Path) -> None:
-    registry = load_registry()
+def test_every_method_runs(path: Path, tmp_path: Path, registry: Registry) -> None:
     changes = ["prompts.train=24", "prompts.validation=8", "prompts.test=8", "evaluate.max_new_tokens=4"]
     recipe = load_recipe(path, registry, changes)
     execute(make_plan(recipe, path.parent, registry), tmp_path / "run", until="evaluate")

@@ -27,11 +27,11 @@ from refusalkit.engine.lower import lower
 from refusalkit.errors import InputError, RunError
 from refusalkit.intervention import NOTHING, Direction, Edit, Intervention
 from refusalkit.recipe import ModelSection
-from refusalkit.registry import load_registry
 from refusalkit.selector import Measure
 from refusalkit.testing import random_engine
 from refusalkit.testing.models import random_prompts
 from tests.benchmarks.plain import Plain, hooked
+from tests.conftest import BUILT_IN
 
 FAMILIES = [
     pytest.param(LLAMA, "LlamaForCausalLM", id="llama"),
@@ -313,7 +313,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_an_error_and_not_filled_with_noise(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     section = ModelSection(id=str(folder))
     with pytest.raises(InputError, match=r"lacks 1 of .*down_proj"):
-        load(open_checkpoint(section, load_registry(entry_points=False)))
+        load(open_checkpoint(section, BUILT_IN))
     (folder / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(InputError, match="weights cannot be read"):
-        load(open_checkpoint(section, load_registry(entry_points=False)))
+        load(open_checkpoint(section, BUILT_IN))

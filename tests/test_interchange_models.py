@@ -19,10 +19,10 @@ from refusalkit.engine.engine import Engine
 from refusalkit.engine.load import load
 from refusalkit.intervention import Direction, Edit, Intervention
 from refusalkit.recipe import ModelSection
-from refusalkit.registry import load_registry
 from refusalkit.testing import random_model, tiny_tokenizer
 from refusalkit.testing.models import random_prompts
 from tests.benchmarks.plain import Hook, hooked
+from tests.conftest import BUILT_IN
 from tests.interchange import convert, random, refused
 from tests.reference import read_json
 
@@ -36,7 +36,7 @@ def made(folder: Path, architecture: str, rank: int = 1, **options: bool) -> tup
     random_model(architecture, **options).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     section = ModelSection(id=str(folder / "model"), dtype="float32")
-    engine = load(open_checkpoint(section, load_registry(entry_points=False)))
+    engine = load(open_checkpoint(section, BUILT_IN))
     vector = random(rank, engine.d_model) if rank > 1 else random(engine.d_model)
     about = {"layer": str(LAYER), "position": "-1", "model": section.id}
     save_file({"direction": vector}, folder / "direction.safetensors", about)
@@ -135,7 +135,7 @@ def test_a_lora_of_others_gives_the_direction_it_removes(tmp_path: Path) -> None
 
 def by_rule(folder: Path) -> Tensor:
     """Do what lm-eval documents: change the outputs of the modules below `base_model` that the file names."""
-    engine = load(open_checkpoint(ModelSection(id=str(folder / "model")), load_registry(entry_points=False)))
+    engine = load(open_checkpoint(ModelSection(id=str(folder / "model")), BUILT_IN))
     modules = dict(engine.module.base_model.named_modules())
     steps = torch.load(folder / "steer.pt", weights_only=True)
 

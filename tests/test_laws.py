@@ -27,7 +27,6 @@ from refusalkit.engine.load import load_module
 from refusalkit.errors import InputError, RunError
 from refusalkit.intervention import Direction, InterventionSpec
 from refusalkit.recipe import ModelSection
-from refusalkit.registry import load_registry
 from refusalkit.selector import Selector
 from refusalkit.strategy import Strategy
 from refusalkit.testing import (
@@ -42,8 +41,8 @@ from refusalkit.testing import (
 )
 from refusalkit.testing.architectures import ARCHITECTURES, COMMON
 from refusalkit.testing.law_sets import LawSet, UncheckedError, law_sets
+from tests.conftest import BUILT_IN
 
-BUILT_IN = load_registry(entry_points=False)
 VARIANTS: tuple[tuple[Adapter, str, dict[str, Any]], ...] = (
     (GPT_NEOX, "GPTNeoXForCausalLM", {"use_parallel_residual": False}),
     (GPT_NEOX, "GPTNeoXForCausalLM", {"attention_bias": False}),
@@ -114,7 +113,7 @@ def test_a_multimodal_checkpoint_is_studied_as_its_text_part(tmp_path: Path) -> 
     config = transformers.Qwen3_5Config(text_config=text, vision_config=vision)
     transformers.Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    checkpoint = open_checkpoint(ModelSection(id=str(tmp_path)), load_registry(entry_points=False))
+    checkpoint = open_checkpoint(ModelSection(id=str(tmp_path)), BUILT_IN)
     assert checkpoint.architecture == "Qwen3_5ForConditionalGeneration"
     _assert_hold(check_adapter(checkpoint.adapter, load_module(checkpoint)))
 
@@ -139,7 +138,7 @@ def test_a_stream_that_adapters_cannot_express_is_refused_with_the_reason(
     config.save_pretrained(tmp_path)
     for section in (ModelSection(id=str(tmp_path)), ModelSection(id=str(tmp_path), adapter=adapter.name)):
         with pytest.raises(InputError) as caught:
-            open_checkpoint(section, load_registry(entry_points=False))
+            open_checkpoint(section, BUILT_IN)
         assert caught.value.message == f"{architecture} cannot be studied: {adapter.refuses.reason}"
 
 

@@ -20,17 +20,18 @@ from refusalkit.pipeline import execute
 from refusalkit.plan import make_plan
 from refusalkit.recipe import ModelSection
 from refusalkit.recipe_file import load_recipe
-from refusalkit.registry import load_registry
+from refusalkit.registry import Registry
 from refusalkit.store import Store
 from refusalkit.testing import random_model
 from refusalkit.testing.models import tiny_tokenizer
+from tests.conftest import BUILT_IN
 
 SMALL = "prompts: {harmful: tiny:harmful, harmless: tiny:harmless, train: 16, validation: 16, test: 8}\n"
 PROMPTS = [tuple(range(5, 5 + length)) for length in (12, 20, 16)]
 
 
 def opened(model: str = "tiny:llama", **section: Any) -> Engine:
-    return load(open_checkpoint(ModelSection(id=model, **section), load_registry(entry_points=False)))
+    return load(open_checkpoint(ModelSection(id=model, **section), BUILT_IN))
 
 
 def saved(folder: Path) -> str:
@@ -58,8 +59,9 @@ def test_packed_weights_give_nearly_the_same_logits(quantize: str, bound: float,
     assert 0 < difference < bound
 
 
-def test_a_weight_edit_of_packed_weights_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    registry = load_registry(entry_points=False)
+def test_a_weight_edit_of_packed_weights_is_refused_before_anything_is_loaded(
+    tmp_path: Path, registry: Registry
+) -> None:
     text = "model: {id: tiny:llama, quantize: int8}\nevaluate: {interventions: [none, orthogonalize]}\n"
     with pytest.raises(InputError, match="cannot be edited"):
         make_plan(load_recipe(recipe(tmp_path, text), registry), tmp_path, registry)
@@ -89,9 +91,8 @@ assert many < 1.05 * few, (few, many)
 
 @pytest.mark.parametrize("call", ["last_logits", "read_sums", "generate", "kept_logits", "gradients"])
 def test_a_run_whose_memory_runs_out_in_the_middle_of_a_stage_finishes_with_the_same_numbers(
-    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry = load_registry(entry_points=False)
     screen = "screen: gradient, " if call == "gradients" else ""
     text = (
         f"model: {{id: tiny:llama}}\nselect: {{selector: causal, {screen}max_kl_nats: 1.0}}\n"

@@ -34,7 +34,7 @@ from refusalkit.registry import Registry, load_registry
 from refusalkit.store import Store
 from refusalkit.template import ChatTemplate
 from refusalkit.tiny.grammar import requests
-from tests.conftest import Command, one_hint
+from tests.conftest import BUILT_IN, Command, one_hint
 
 from .reference import build_reference_model, needs_shared, write_reference_recipe
 
@@ -48,7 +48,7 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
 
 
 def opened(folder: Path, kind: Kind = "projection", fpr: float = 0.05, *settings: str) -> Monitor:
-    reader = reader_of(folder, load_registry(entry_points=False), settings, Silent())
+    reader = reader_of(folder, BUILT_IN, settings, Silent())
     return open_monitor(folder, kind, fpr, reader)
 
 

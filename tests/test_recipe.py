@@ -12,8 +12,8 @@ import yaml
 from refusalkit.errors import InputError
 from refusalkit.recipe import Recipe, json_schema
 from refusalkit.recipe_file import load_recipe
-from refusalkit.registry import Registry, load_registry
-from tests.conftest import ROOT
+from refusalkit.registry import Registry
+from tests.conftest import BUILT_IN, ROOT
 from tests.conftest import SMALL as WHOLE
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -27,7 +27,7 @@ def refused(path: Path, text: str | bytes, *settings: str) -> InputError:
     """Write a recipe and return the error that loading it raises."""
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(InputError) as caught:
-        load_recipe(path, load_registry(entry_points=False), settings)
+        load_recipe(path, BUILT_IN, settings)
     assert caught.value.hint, f"no hint: {caught.value}"
     assert "\n" not in caught.value.message
     return caught.value
