@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import Literal
 
@@ -23,7 +22,8 @@ def states_everywhere(splits: PromptSplits, bench: Bench, site: Site, positions:
 
     @cache
     def read(side: Side, split: Split) -> Tensor:
-        return _samples(splits, bench, (side, split), Capture((), positions, site, keep_samples=True))
+        tokens = _tokens(splits, bench, side, split)
+        return _read(Capture(tokens, positions, site, keep_samples=True), bench, f"{side} {split} prompts")
 
     def states(side: Side, split: Split, place: Place) -> Tensor:
         return read(side, split)[:, positions.index(place.position), place.layer].double()
@@ -36,16 +36,19 @@ def states_at(splits: PromptSplits, bench: Bench) -> States:
 
     @cache
     def states(side: Side, split: Split, place: Place) -> Tensor:
-        where = Capture((), (place.position,), place.site, keep_samples=True, layers=(place.layer,))
-        return _samples(splits, bench, (side, split), where)[:, 0, 0].double()
+        tokens = _tokens(splits, bench, side, split)
+        request = Capture(tokens, (place.position,), place.site, keep_samples=True, layers=(place.layer,))
+        return _read(request, bench, f"{side} {split} prompts")[:, 0, 0].double()
 
     return states
 
 
-def _samples(splits: PromptSplits, bench: Bench, asked: tuple[Side, Split], where: Capture) -> Tensor:
-    side, split = asked
+def _tokens(splits: PromptSplits, bench: Bench, side: Side, split: Split) -> tuple[tuple[int, ...], ...]:
     check_enough(splits, side, split)
-    request = replace(where, prompts=bench.tokens(splits.of(side, split)))
-    (found,) = bench.engine.run([request], bench.advance(f"{side} {split} prompts"))
+    return bench.tokens(splits.of(side, split))
+
+
+def _read(request: Capture, bench: Bench, what: str) -> Tensor:
+    (found,) = bench.engine.run([request], bench.advance(what))
     samples: Tensor = found.samples
     return samples
